@@ -1,0 +1,303 @@
+"""What can be configured: frozen structs, checked at construction and at decoding alike.
+
+Values merge in one order, later wins: defaults < file (TOML or JSON) < environment < overrides.
+An environment variable names its field by section: ``PAGEDKV_CACHE__BLOCK_SIZE=32``; a list is
+written as in JSON.
+"""
+
+import difflib
+import functools
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from pagedkv.errors import ConfigError, PagedKVError
+
+__all__ = [
+    "CacheConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "SchedulerConfig",
+    "audit_enabled",
+    "config_schema",
+    "load_config",
+    "with_fields",
+]
+
+LARGEST_INT32 = 2**31 - 1
+Count = Annotated[int, Meta(ge=1, le=LARGEST_INT32)]
+TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_INT32)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+ENV_PREFIX = "PAGEDKV_"
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    fields = {field.name for field in msgspec.structs.fields(cls)}
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name in fields}
+
+
+class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A struct whose constructor enforces what its annotations say.
+
+    msgspec checks ``Meta`` bounds only when it decodes; this closes the gap, so that
+    ``CacheConfig(block_size=0)`` fails exactly as the same line in a file does. What decoding would
+    convert (a list to a tuple, a mapping to a section) the constructor converts as well.
+    """
+
+    section: ClassVar[str] = ""
+    error: ClassVar[type[PagedKVError]] = ConfigError
+
+    def __post_init__(self) -> None:
+        for name, hint in _field_types(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                value = value.item()
+            where = f"{self.section}.{name}" if self.section else name
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self.error(f"{name} is {value}", where=where, remedy="give a finite number")
+            try:
+                msgspec.structs.force_setattr(self, name, msgspec.convert(value, hint))
+            except msgspec.ValidationError as fault:
+                expected = str(fault).split(" - at ")[0].split(", got ")[0]
+                raise self.error(
+                    f"{name} is {value!r}",
+                    where=where,
+                    remedy=f"give {expected.removeprefix('Expected ')}",
+                ) from None
+
+
+class ModelConfig(Checked, frozen=True, kw_only=True):
+    """The facts about a model that block management needs; no weights, no torch.
+
+    Attributes:
+        max_model_len: The most tokens, prompt and output together, a sequence may have.
+        vocab_size: Token ids must lie below it.
+        eos_token_ids: Ids that end a sequence unless it asks to ignore them.
+        num_layers: Layers that keep keys and values.
+        num_kv_heads: Key and value heads of one layer.
+        sliding_window: Per layer, the tokens a query sees back; 0 sees all. Empty: all zero.
+        rope: Whether positions enter by rotating queries and keys.
+    """
+
+    section: ClassVar[str] = "model"
+
+    max_model_len: Count = 8192
+    vocab_size: Count = LARGEST_INT32
+    eos_token_ids: tuple[TokenId, ...] = ()
+    num_layers: Count = 1
+    num_kv_heads: Count = 1
+    sliding_window: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    rope: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sliding_window and len(self.sliding_window) != self.num_layers:
+            raise ConfigError(
+                f"{len(self.sliding_window)} windows for {self.num_layers} layers",
+                where="model.sliding_window",
+                remedy="give one per layer or none",
+            )
+
+
+class CacheConfig(Checked, frozen=True, kw_only=True):
+    """The pool of KV blocks.
+
+    Attributes:
+        block_size: Tokens in one block.
+        num_blocks: Blocks in the pool; None takes what ``kv_cache_memory_bytes`` holds.
+        kv_cache_memory_bytes: The pool's size in bytes, where a model says how large a block is.
+            If neither is given, `pagedkv.LLM` takes 1 GiB at most and a bare scheduler 1,024
+            blocks.
+        granularity: What decides on eviction together and shares a block table: a whole
+            ``sequence``, each ``layer``, or each KV ``head`` of each layer.
+        eviction: The policy of requests that bring none: a preset or an expression.
+        enable_prefix_caching: Keep the blocks of finished sequences for prompts that begin alike.
+        enable_kv_cache_events: Record what becomes findable and what is reclaimed.
+    """
+
+    section: ClassVar[str] = "cache"
+
+    block_size: Annotated[int, Meta(ge=1, le=256)] = 16
+    num_blocks: Count | None = None
+    kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    granularity: Literal["sequence", "layer", "head"] = "sequence"
+    eviction: str = "full"
+    enable_prefix_caching: bool = True
+    enable_kv_cache_events: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "num_blocks and kv_cache_memory_bytes are both given",
+                where="cache",
+                remedy="give one of them",
+            )
+
+
+class SchedulerConfig(Checked, frozen=True, kw_only=True):
+    """Who runs, and how much of it, in one step.
+
+    Attributes:
+        max_num_seqs: The most sequences that run at once.
+        max_num_batched_tokens: The most tokens computed in one step, over all sequences.
+        long_prefill_token_threshold: The most prompt tokens one sequence computes in a step;
+            0 leaves the whole budget to whoever comes first.
+        watermark: The fraction of the pool that admission leaves free for growth.
+        seed: Where the seeds of requests that bring none are drawn from.
+    """
+
+    section: ClassVar[str] = "scheduler"
+
+    max_num_seqs: Count = 128
+    max_num_batched_tokens: Count = 2048
+    long_prefill_token_threshold: Annotated[int, Meta(ge=0)] = 0
+    watermark: Fraction = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
+class EngineConfig(Checked, frozen=True, kw_only=True):
+    """Everything that decides how a scheduler behaves: model facts, the pool, the step."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> EngineConfig:
+    """Merge a file or mapping, the environment and overrides into one checked configuration.
+
+    Args:
+        source: A ``.toml`` or ``.json`` path, a nested mapping, or nothing.
+        overrides: Dotted names to values, such as ``{"cache.block_size": 32}``.
+        env: The environment; ``os.environ`` if omitted.
+
+    Raises:
+        ConfigError: Naming the file and line, or the field, and what would be accepted.
+    """
+    env = os.environ if env is None else env
+    where = str(source) if isinstance(source, str | Path) else ""
+    tree = _read(Path(source)) if isinstance(source, str | Path) else _copy(source)
+    for name, text in sorted(env.items()):
+        section, found, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and found:
+            _put(tree, section, field, _list_or_text(text))
+    for dotted, value in (overrides or {}).items():
+        section, _, field = dotted.partition(".")
+        _put(tree, section, field, value)
+    try:
+        return msgspec.convert(tree, EngineConfig, strict=False)
+    except msgspec.ValidationError as fault:
+        what, _, path = str(fault).partition(" - at ")
+        field = path.strip("`").removeprefix("$.").removeprefix("$")
+        at = " ".join(filter(None, (where, field))) or "config"
+        raise ConfigError(what, where=at, remedy="see `pagedkv config schema`") from None
+    except ConfigError as fault:
+        at = " ".join(filter(None, (where, fault.where)))
+        raise ConfigError(fault.what, where=at, remedy=fault.remedy) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(
+            f"cannot be read: {fault}", where=str(path), remedy="give a readable text file"
+        ) from None
+    try:
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as fault:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(
+            f"not valid {kind}: {fault}", where=str(path), remedy="mend the file"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "the top level is not a table", where=str(path), remedy="give sections such as [cache]"
+        )
+    return _copy(tree)
+
+
+def _list_or_text(text: str) -> Any:
+    """Return a variable's text, read as JSON if it is a list."""
+    try:
+        return json.loads(text) if text.startswith("[") else text
+    except ValueError:
+        return text
+
+
+def _copy(tree: object) -> dict[str, Any]:
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(
+            f"a source is {tree!r}", where="config", remedy="give a path or a mapping of sections"
+        )
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _put(tree: dict[str, Any], section: str, field: str, value: Any) -> None:
+    inner = tree.setdefault(section, {})
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{section} is {inner!r}", where=section, remedy="give a table of fields")
+    inner[field] = value
+
+
+def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
+    """Return ``config`` with fields replaced by name, whatever section they stand in.
+
+    A field given as None keeps its value.
+
+    Raises:
+        ConfigError: No section has such a field, or a value is not accepted.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    known = {
+        name: section
+        for section in ("model", "cache", "scheduler")
+        for name in msgspec.structs.asdict(getattr(config, section))
+    }
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see `pagedkv config schema`"
+            raise ConfigError("there is no such field", where=name, remedy=hint)
+        if value is not None:
+            sections.setdefault(known[name], {})[name] = value
+    changed = {
+        section: msgspec.structs.replace(getattr(config, section), **values)
+        for section, values in sections.items()
+    }
+    return msgspec.structs.replace(config, **changed)
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `EngineConfig`."""
+    return msgspec.json.schema(EngineConfig)
+
+
+def audit_enabled(env: Mapping[str, str] | None = None) -> bool:
+    """Return whether ``PAGEDKV_AUDIT`` asks for an audit after every step.
+
+    Raises:
+        ConfigError: The variable holds something other than 0 or 1.
+    """
+    value = (os.environ if env is None else env).get("PAGEDKV_AUDIT", "0")
+    if value not in ("0", "1", ""):
+        raise ConfigError(f"{value!r}", where="PAGEDKV_AUDIT", remedy="set it to 0 or 1")
+    return value == "1"

@@ -1,0 +1,95 @@
+"""Every error that pagedkv raises on purpose.
+
+    PagedKVError
+     +-- ConfigError         a configuration value, file, variable or flag is wrong
+     |    +-- PolicyError    an eviction policy cannot be read or cannot hold together
+     +-- InvalidRequest      a request's prompt or sampling parameters are wrong
+     +-- NeverFits           a request could not be served even by an empty pool
+     +-- OutOfBlocks         the pool cannot give the blocks that were asked for now
+     +-- InvalidTransition   a call came in a state that does not allow it
+     +-- CorruptTier         bytes that came back from another tier are not what was written
+     +-- UnsupportedBackend  no operator or executor can serve this model, dtype or device
+     +-- ModelNotFound       the model's name, directory or file leads nowhere
+          +-- CorruptModel   it leads somewhere, but what lies there is damaged or incomplete
+
+A message has three parts: where the fault is, what is wrong, and what would do instead.
+Raising one of these leaves the state as it was, unless the raiser's docstring says otherwise.
+"""
+
+__all__ = [
+    "ConfigError",
+    "CorruptModel",
+    "CorruptTier",
+    "InvalidRequest",
+    "InvalidTransition",
+    "ModelNotFound",
+    "NeverFits",
+    "OutOfBlocks",
+    "PagedKVError",
+    "PolicyError",
+    "UnsupportedBackend",
+]
+
+
+class PagedKVError(Exception):
+    """The root of the tree.
+
+    Args:
+        what: What is wrong, as a clause ("block_size is 0").
+        where: The field, file or request it was found in ("cache.block_size").
+        remedy: What would do instead, as an imperative ("give a whole number from 1 to 256").
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head}; {remedy}" if remedy else head)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.remedy)
+
+
+def _rebuild(kind: type[PagedKVError], what: str, where: str, remedy: str) -> PagedKVError:
+    return kind(what, where=where, remedy=remedy)
+
+
+class ConfigError(PagedKVError):
+    """A configuration value, file, variable or flag is wrong."""
+
+
+class PolicyError(ConfigError):
+    """An eviction policy cannot be read, or its parts cannot hold together."""
+
+
+class InvalidRequest(PagedKVError):
+    """A request's prompt or sampling parameters are wrong."""
+
+
+class NeverFits(PagedKVError):
+    """A request could not be served even if the pool were empty."""
+
+
+class OutOfBlocks(PagedKVError):
+    """The pool cannot give the blocks that were asked for now."""
+
+
+class InvalidTransition(PagedKVError):
+    """A call came in a state that does not allow it."""
+
+
+class CorruptTier(PagedKVError):
+    """Bytes that came back from another tier are not what was written there."""
+
+
+class UnsupportedBackend(PagedKVError):
+    """No operator or executor can serve this model, dtype, head size or device."""
+
+
+class ModelNotFound(PagedKVError):
+    """A model's name, directory or file leads nowhere."""
+
+
+class CorruptModel(ModelNotFound):
+    """A model was found, but its files are damaged, truncated or incomplete."""
