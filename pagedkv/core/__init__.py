@@ -1,0 +1,1 @@
+"""The plane that decides: integers and numpy arrays only."""

@@ -1,0 +1,270 @@
+"""Blocks for sequences: the only writer of pool, sequence table and prefix index."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+
+from pagedkv.config import CacheConfig
+from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.pool import BlockPool
+from pagedkv.core.prefix import PrefixIndex, extend_chain
+from pagedkv.core.request import Sequence
+from pagedkv.core.table import SequenceTable
+from pagedkv.errors import ConfigError
+from pagedkv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, short_hash
+
+__all__ = ["BlockManager"]
+
+DEFAULT_NUM_BLOCKS = 1024
+
+
+class BlockManager:
+    """Gives blocks to sequences, shares them, copies them on write and takes them back.
+
+    Methods come in pairs: a question that changes nothing (`missing_blocks`, `shortfall`) and the
+    command it guards (`admit`, `grow`). A command whose question was answered well cannot fail.
+    """
+
+    def __init__(self, config: CacheConfig, max_num_seqs: int, num_groups: int = 1) -> None:
+        if num_groups < 1:
+            raise ConfigError(
+                f"num_groups is {num_groups}", where="num_groups", remedy="give 1 or more"
+            )
+        self.block_size = config.block_size
+        self.num_groups = num_groups
+        self.enable_prefix_caching = config.enable_prefix_caching
+        num_blocks = config.num_blocks or DEFAULT_NUM_BLOCKS
+        self.pool = BlockPool(num_blocks)
+        self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
+        self.index = PrefixIndex(num_blocks, num_groups)
+        self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
+
+    # Admission
+
+    def find_prefix(self, seq: Sequence) -> Int32:
+        """Return the cached blocks that a waiting sequence can start from: [hits, groups].
+
+        One token is always left to compute, for its logits, and more if its policy has to see
+        them computed.
+        """
+        if not self.enable_prefix_caching:
+            return np.zeros((0, self.num_groups), np.int32)
+        usable = min(len(seq.token_ids) - 1, seq.max_prefix) // self.block_size
+        salt = seq.request.cache_salt
+        extend_chain(seq.hashes, seq.token_ids, usable, self.block_size, salt)
+        return self.index.match(seq.hashes[:usable])
+
+    def missing_blocks(self, seq: Sequence, hits: Int32) -> int:
+        """Return how many available blocks a sequence takes to compute all its known tokens.
+
+        A hit that nobody holds counts: adopting it makes it unavailable to others.
+        """
+        full = min(-(-len(seq.token_ids) // self.block_size), seq.max_blocks) - len(hits)
+        revived = int((self.pool.ref_count[hits] == 0).sum())
+        return full * self.num_groups + revived
+
+    def pledged_blocks(self) -> int:
+        """Return how many blocks running sequences still need for the tokens they already know."""
+        rows = self.table.running
+        known = -(-self.table.num_known[rows] // self.block_size)
+        need = np.minimum(known, self.table.max_blocks[rows]) - self.table.num_blocks[:, rows]
+        return int(np.maximum(need, 0).sum())
+
+    def admit(self, seq: Sequence, hits: Int32) -> None:
+        """Let a bound sequence start from the blocks that `find_prefix` returned."""
+        row, count = seq.row, len(hits)
+        tokens = count * self.block_size
+        self.pool.share(hits.ravel())
+        counts = np.full((self.num_groups, 1), count, np.int32)
+        rows = np.array([row], np.int32)
+        self.table.append_blocks(rows, counts, hits.T.ravel())
+        self.table.num_computed[row] = tokens
+        self.table.next_position[row] = tokens
+        self.table.num_resident[:, row] = tokens
+        if not seq.num_preemptions:
+            seq.num_cached_tokens = tokens
+
+    # Growth
+
+    def shortfall(self, rows: Int32, counts: Int32) -> int:
+        """Return how many blocks are lacking for `grow` with the same arguments; 0 is enough."""
+        fresh, copied = self._needs(rows, counts)
+        return max(0, int(fresh.sum() + copied.sum()) - self.pool.num_available)
+
+    def grow(self, rows: Int32, counts: Int32) -> Int32:
+        """Give each row the slots that its next tokens are written to.
+
+        A shared block that a row would write into is replaced by a copy of its own first.
+
+        Args:
+            rows: [B] Rows, each at most once.
+            counts: [B] Tokens that each is about to write, at least 1.
+
+        Returns:
+            [C, 2] Blocks to copy before writing, source to target.
+
+        Raises:
+            OutOfBlocks: `shortfall` is not 0; nothing changes.
+        """
+        fresh, copied = self._needs(rows, counts)
+        num_copies = int(copied.sum())
+        ids = self._allocate(num_copies + int(fresh.sum()))
+        copies = self._unshare(rows, copied, ids[:num_copies])
+        self.table.append_blocks(rows, fresh, ids[num_copies:])
+        return copies
+
+    def _needs(self, rows: Int32, counts: Int32) -> tuple[Int32, Bool]:
+        """Return the blocks to append and which tails to copy: both [groups, B]."""
+        held = self.table.num_blocks[:, rows]
+        resident = self.table.num_resident[:, rows]
+        fresh = -(-(resident + counts) // self.block_size) - held
+        inside = resident % self.block_size > 0
+        tails = self._tails(rows)
+        shared = inside & (self.pool.ref_count[tails] > 1)
+        if shared.any():
+            # If every holder of a block writes now, the last of them may keep it.
+            ids, last, writers = np.unique(
+                tails[shared][::-1], return_index=True, return_counts=True
+            )
+            keeps = last[writers == self.pool.ref_count[ids]]
+            where = np.flatnonzero(shared)
+            shared.flat[where[len(where) - 1 - keeps]] = False
+        return fresh, shared
+
+    def _tails(self, rows: Int32) -> Int32:
+        """Return each table's last block, or 0 where it has none: [groups, B]."""
+        last = np.maximum(self.table.num_blocks[:, rows] - 1, 0)
+        groups = np.arange(self.num_groups)[:, None]
+        tails: Int32 = self.table.block_table[groups, rows[None, :], last]
+        return tails
+
+    def _unshare(self, rows: Int32, copied: Bool, targets: Int32) -> Int32:
+        group, member = np.nonzero(copied)
+        sources = self._tails(rows)[copied]
+        at = rows[member]
+        self.table.block_table[group, at, self.table.num_blocks[group, at] - 1] = targets
+        self.pool.release(sources, self.index.findable(sources))
+        return np.stack([sources, targets], axis=1)
+
+    def _allocate(self, count: int) -> Int32:
+        ids = self.pool.allocate(count)
+        self._unpublish(ids[self.index.findable(ids)])
+        return ids
+
+    def _unpublish(self, findable: Int32) -> None:
+        if len(findable):
+            hashes, blocks = self.index.remove(findable)
+            self.pool.forget(blocks)
+            if self._events is not None:
+                self._events.append(BlockRemoved(block_hashes=[short_hash(h) for h in hashes]))
+
+    # After a step
+
+    def advance(self, rows: Int32, counts: Int32) -> None:
+        """Count tokens as computed and make the blocks they filled findable."""
+        before = self.table.num_computed[rows]
+        after = before + counts
+        self.table.num_computed[rows] = after
+        self.table.num_resident[:, rows] += counts
+        self.table.next_position[rows] += counts
+        if self.enable_prefix_caching:
+            sealed = before // self.block_size != after // self.block_size
+            # A block is publishable only if every token before it was resident when it was made.
+            for i in np.flatnonzero(sealed & (self.table.num_evicted[rows] == 0)).tolist():
+                self._publish(int(rows[i]), int(before[i]) // self.block_size)
+
+    def _publish(self, row: int, first: int) -> None:
+        """Insert a row's full blocks from the ``first`` on."""
+        seq = self.table.sequences[row]
+        assert seq is not None
+        full = int(self.table.num_computed[row]) // self.block_size
+        salt = seq.request.cache_salt
+        extend_chain(seq.hashes, self.table.token_ids[row], full, self.block_size, salt)
+        table, groups = self.table, np.arange(self.num_groups)
+        # Blocks that left a sliding window without loss moved the later ones forward.
+        gone = (table.num_computed[row] - table.num_resident[:, row]) // self.block_size
+        fresh = [
+            i
+            for i in range(first, full)
+            if self.index.insert(seq.hashes[i], table.block_table[groups, row, i - gone])
+        ]
+        if self._events is not None:
+            for begin, end in _runs(fresh):
+                self._events.append(self._stored(row, seq.hashes, begin, end))
+
+    def _stored(self, row: int, hashes: list[bytes], first: int, end: int) -> BlockStored:
+        size = self.block_size
+        return BlockStored(
+            block_hashes=[short_hash(digest) for digest in hashes[first:end]],
+            parent_block_hash=short_hash(hashes[first - 1]) if first else None,
+            token_ids=self.table.token_ids[row, first * size : end * size].tolist(),
+            block_size=size,
+        )
+
+    def fork(self, row: int, children: Int32) -> None:
+        """Give rows without blocks the same blocks and progress as ``row``, shared."""
+        self.table.copy_entries(row, children)
+        for _ in children:
+            self.pool.share(self.table.blocks_of(row))
+
+    def drop(self, rows: Int32, keep: Bool) -> Int32:
+        """Take table entries from running rows; blocks that others share stay theirs.
+
+        Args:
+            rows: [B] Rows, each at most once.
+            keep: [groups, B, width] Which entries stay; only whole blocks may go.
+
+        Returns:
+            [groups, B] Blocks that each table lost.
+        """
+        before = self.table.num_blocks[:, rows]
+        ids = self.table.keep_blocks(rows, keep)
+        self.pool.release(ids, self.index.findable(ids))
+        lost: Int32 = before - self.table.num_blocks[:, rows]
+        self.table.num_resident[:, rows] -= lost * self.block_size
+        return lost
+
+    def release(self, rows: Int32) -> None:
+        """Take back the blocks of rows and free the rows; findable blocks stay cached."""
+        for row in rows.tolist():
+            ids = self.table.blocks_of(row)
+            self.pool.release(ids, self.index.findable(ids))
+        self.table.release(rows)
+
+    def disown(self, row: int) -> None:
+        """Make the blocks that a row holds unfindable: their content is not to be trusted."""
+        ids = self.table.blocks_of(row)
+        self._unpublish(ids[self.index.findable(ids)])
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix; blocks that sequences hold stay theirs."""
+        self.pool.forget(self.index.clear())
+        if self._events is not None:
+            self._events.append(AllBlocksCleared())
+
+    def take_events(self) -> list[KVEvent]:
+        """Return the events since the last call, oldest first."""
+        taken, self._events = self._events or [], None if self._events is None else []
+        return taken
+
+    def audit(self) -> None:
+        """Check pool, table and index, and recount every reference from the tables."""
+        self.pool.audit()
+        self.table.audit()
+        self.index.audit()
+        references = np.zeros(self.pool.num_blocks, np.int64)
+        for row in np.flatnonzero(self.table.num_blocks[0]).tolist():
+            np.add.at(references, self.table.blocks_of(row), 1)
+        assert (references == self.pool.ref_count).all(), "a reference count is not its tables' sum"
+        held = self.table.num_blocks * self.block_size
+        assert (self.table.num_resident <= held).all(), "tokens are resident outside any block"
+        idle = (self.index.entry_of >= 0) & (self.pool.ref_count == 0)
+        assert int(idle.sum()) == self.pool.num_cached, "cached and findable disagree"
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Split ascending numbers where they do not follow on: (first, end) of each run."""
+    for _, pairs in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in pairs]
+        yield run[0], run[-1] + 1

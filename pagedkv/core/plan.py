@@ -1,0 +1,212 @@
+"""One step as data: what to run, and what came of it.
+
+A plan is made by the scheduler, carried out by an executor and given back to the scheduler with
+its result. It holds arrays and nothing that points into the scheduler, so it can be kept.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from pagedkv.core.arrays import Bool, Float32, Int32, Int64, UInt64
+from pagedkv.core.request import FinishedSequence
+from pagedkv.errors import InvalidTransition
+
+__all__ = [
+    "Executor",
+    "Observation",
+    "Observed",
+    "Penalties",
+    "SamplingBatch",
+    "StepOutput",
+    "StepPlan",
+    "StepResult",
+    "drawn_tokens",
+]
+
+
+class Penalties(Struct, frozen=True, kw_only=True, eq=False):
+    """The tokens that penalised samples have already seen, as flat pairs.
+
+    Attributes:
+        sample: [P] Index into the step's samples.
+        token: [P] A token that this sample's sequence holds; repeats stand repeated.
+        generated: [P] Whether it was generated rather than given in the prompt.
+    """
+
+    sample: Int32
+    token: Int32
+    generated: Bool
+
+
+class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
+    """The sampling parameters of the S sequences that draw a token in a step, as columns.
+
+    Attributes:
+        seed: [S] uint64; with `position`, all the randomness a draw may use.
+        position: [S] How many tokens the sequence generated before this one.
+        num_logprobs: [S] Alternatives to report; -1 reports nothing.
+        penalties: What repetition, presence and frequency penalties need; None if none is set.
+    """
+
+    temperature: Float32
+    top_p: Float32
+    top_k: Int32
+    min_p: Float32
+    seed: UInt64
+    position: Int32
+    num_logprobs: Int32
+    repetition_penalty: Float32
+    presence_penalty: Float32
+    frequency_penalty: Float32
+    penalties: Penalties | None
+
+
+class Observation(Struct, frozen=True, kw_only=True, eq=False):
+    """What the M sequences of one policy are to be told about their blocks.
+
+    Attributes:
+        kind: A name of `pagedkv.eviction.OBSERVATIONS`.
+        gqa: How it is reduced over query heads: ``sum``, ``mean`` or ``max``.
+        members: [M] Indices into the plan's sequences.
+        first_query: [M] The first of each one's tokens in this step that observes.
+    """
+
+    kind: str
+    gqa: str
+    members: Int32
+    first_query: Int32
+
+
+class Observed(Struct, frozen=True, kw_only=True, eq=False):
+    """What an `Observation` saw.
+
+    Attributes:
+        values: [G, M, W] What its kind names, per table entry; 0 where nothing was seen.
+        mass: [G, M, W] The attention mass of the step's last token, mean over heads and layers.
+    """
+
+    values: Float32
+    mass: Float32
+
+
+class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
+    """What one step does: B sequences compute T tokens, S of them draw a token.
+
+    G is the number of groups (block tables per sequence), W the widest block table in the step.
+
+    Attributes:
+        step: Counts the scheduler's plans from 0.
+        copies: [C, 2] Blocks to copy, source to target, before anything else is written.
+        rows: [B] The table row of each sequence, in batch order.
+        seq_ids: [B] The sequence in that row.
+        query_start: [B + 1] Where each sequence's tokens begin in the packed arrays.
+        token_ids: [T] Tokens to run, packed sequence after sequence.
+        positions: [T] Their positions in their sequences.
+        slot_mapping: [G, T] The pool slot each token's key and value are written to.
+        block_table: [G, B, W] Block ids; entries past a sequence's blocks are 0 and unused.
+        num_resident: [G, B] Tokens resident once this step's are written.
+        turns: [G, B, W] Positions by which queries are turned before they meet a block; None if
+            no block needs it.
+        observations: What the executor is to tell eviction policies, one per policy.
+        sample_index: [S] Index into the packed tokens whose logits are drawn from.
+        sample_rows: [S] The table row that takes the drawn token.
+        sampling: Parameters of the S draws.
+    """
+
+    step: int
+    copies: Int32
+    rows: Int32
+    seq_ids: Int64
+    query_start: Int32
+    token_ids: Int32
+    positions: Int32
+    slot_mapping: Int64
+    block_table: Int32
+    num_resident: Int32
+    turns: Int32 | None
+    observations: list[Observation]
+    sample_index: Int32
+    sample_rows: Int32
+    sampling: SamplingBatch
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens this step computes."""
+        return len(self.token_ids)
+
+
+class StepResult(Struct, frozen=True, kw_only=True, eq=False):
+    """What came of a plan.
+
+    Attributes:
+        token_ids: [S] The token drawn for each sample.
+        observed: The plan's observations, answered in order.
+        logprobs: [S] Its log-probability, where any sample asked.
+        top_ids: [S, K] The likeliest tokens, K the most any sample asked for.
+        top_logprobs: [S, K] Their log-probabilities.
+    """
+
+    token_ids: Int32
+    observed: list[Observed] = []
+    logprobs: Float32 | None = None
+    top_ids: Int32 | None = None
+    top_logprobs: Float32 | None = None
+
+
+class StepOutput(Struct, frozen=True, kw_only=True, eq=False):
+    """What a committed step gave to the users.
+
+    Attributes:
+        rows: [S] The table rows that took a token, in the plan's order.
+        seq_ids: [S] Their sequences.
+        token_ids: [S] The tokens.
+        sample: [S] Index of each among the plan's samples.
+        finished: The sequences that ended since the step before, in order.
+    """
+
+    rows: Int32
+    seq_ids: Int64
+    token_ids: Int32
+    sample: Int64
+    finished: list[FinishedSequence]
+
+
+class Executor(Protocol):
+    """Carries out plans; knows nothing of policy."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step: copies, then writes and attention, then draws. Blocks until done."""
+        ...
+
+
+def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[Any]]:
+    """Return a result's tokens, whatever integer type they came as, once it answers the plan.
+
+    Raises:
+        InvalidTransition: It is not one whole number per sample, or its observations are not of
+            the plan's shapes.
+    """
+    drawn = np.asarray(result.token_ids)
+    if not drawn.size:
+        drawn = drawn.astype(np.int32)
+    if drawn.shape != plan.sample_rows.shape or drawn.dtype.kind not in "iu":
+        raise InvalidTransition(
+            f"the result's token_ids are {drawn.dtype} of shape {drawn.shape} for "
+            f"{len(plan.sample_rows)} samples",
+            where="commit",
+            remedy="give one token id per sample, as whole numbers",
+        )
+    groups, _, width = plan.block_table.shape
+    wanted = [(groups, len(each.members), width) for each in plan.observations]
+    if [np.shape(each.values) for each in result.observed] != wanted or (
+        [np.shape(each.mass) for each in result.observed] != wanted
+    ):
+        raise InvalidTransition(
+            f"the result's observations are not of the shapes {wanted}",
+            where="commit",
+            remedy="answer every observation of the plan, in order",
+        )
+    return drawn

@@ -1,0 +1,67 @@
+"""From decisions to a plan: gathers what a step's sequences compute into packed arrays."""
+
+import numpy as np
+
+from pagedkv.core.arrays import Int32
+from pagedkv.core.plan import StepPlan
+from pagedkv.core.retention import Retention
+from pagedkv.core.table import SequenceTable
+
+__all__ = ["build_plan"]
+
+
+def build_plan(
+    step: int,
+    table: SequenceTable,
+    retention: Retention,
+    rows: Int32,
+    counts: Int32,
+    copies: Int32,
+    siblings: dict[int, Int32],
+) -> StepPlan:
+    """Return the plan of a step; reads the state and changes nothing.
+
+    Args:
+        rows: [B] The rows that compute; their blocks reach as far as their new tokens.
+        counts: [B] How many tokens each computes, at least 1.
+        copies: [C, 2] Blocks to copy first.
+        siblings: Rows that fork from a row once its prompt is computed, by that row.
+    """
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    member = np.repeat(np.arange(len(rows)), counts)
+    offset = (np.arange(len(member)) - start[member]).astype(np.int32)
+    row = rows[member]
+    index, within = np.divmod(table.num_resident[:, row] + offset, table.block_size)
+    groups = np.arange(table.num_groups)[:, None]
+    blocks = table.block_table[groups, row, index].astype(np.int64)
+    width = int(table.num_blocks[:, rows].max(initial=0))
+    used = np.arange(width) < table.num_blocks[:, rows, None]
+    done = table.num_computed[rows] + counts == table.num_known[rows]
+    sample_rows, sample_index = _forked(rows[done], start[1:][done] - 1, siblings)
+    return StepPlan(
+        step=step,
+        copies=copies,
+        rows=rows,
+        seq_ids=table.seq_id[rows],
+        query_start=start,
+        token_ids=table.token_ids[row, table.num_computed[row] + offset],
+        positions=table.next_position[row] + offset,
+        slot_mapping=blocks * table.block_size + within,
+        block_table=np.where(used, table.block_table[:, rows, :width], 0),
+        num_resident=table.num_resident[:, rows] + counts,
+        turns=retention.turns(rows, width),
+        observations=retention.observations(rows, counts),
+        sample_index=sample_index,
+        sample_rows=sample_rows,
+        sampling=table.sampling_batch(sample_rows),
+    )
+
+
+def _forked(rows: Int32, index: Int32, siblings: dict[int, Int32]) -> tuple[Int32, Int32]:
+    """Let every sibling draw after the token that its leader draws after: [S] rows, [S] index."""
+    for row, others in siblings.items():
+        at = index[rows == row]
+        if len(at):
+            rows = np.append(rows, others)
+            index = np.append(index, np.repeat(at, len(others)))
+    return rows, index

@@ -1,0 +1,167 @@
+"""The pool of block ids: who holds which, and which to hand out next."""
+
+import numpy as np
+
+from pagedkv.core.arrays import Bool, Int32
+from pagedkv.errors import InvalidTransition, OutOfBlocks
+
+__all__ = ["BlockPool"]
+
+
+class BlockPool:
+    """Reference counts and the order of reuse over ``num_blocks`` block ids.
+
+    A block is held (its count is above 0), blank (free, content worthless) or cached (free,
+    content still worth finding). Blank blocks are handed out first, last freed first; then cached
+    ones, first freed first. Every operation is a few numpy calls for any number of blocks.
+
+    The cached order is a queue with lazy deletion: an entry counts only while `_place` still
+    points at it, so taking a block out of the middle is one write. When the queue's end is
+    reached, the live entries move to the front: amortised constant cost per block.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.ref_count: Int32 = np.zeros(num_blocks, np.int32)
+        self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self._num_blank = num_blocks
+        self._queue: Int32 = np.zeros(2 * num_blocks, np.int32)
+        self._head = 0
+        self._tail = 0
+        self._place: Int32 = np.full(num_blocks, -1, np.int32)
+        self._num_cached = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks whose content can still be found."""
+        return self._num_cached
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can give now: blank and cached."""
+        return self._num_blank + self._num_cached
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that some sequence holds."""
+        return self.num_blocks - self.num_available
+
+    def allocate(self, count: int) -> Int32:
+        """Take ``count`` blocks, each with one reference: [count] block ids.
+
+        Cached blocks among them lose their content: the caller must make them unfindable.
+
+        Raises:
+            OutOfBlocks: Fewer are available; nothing is taken.
+        """
+        if count > self.num_available:
+            raise OutOfBlocks(
+                f"{count} blocks asked for, {self.num_available} of {self.num_blocks} available",
+                where="block pool",
+            )
+        from_blank = min(count, self._num_blank)
+        self._num_blank -= from_blank
+        ids = self._blank[self._num_blank : self._num_blank + from_blank][::-1].copy()
+        if from_blank < count:
+            ids = np.concatenate([ids, self._pop_cached(count - from_blank)])
+        self.ref_count[ids] = 1
+        return ids
+
+    def share(self, ids: Int32) -> None:
+        """Add one reference per occurrence in ``ids``; cached blocks among them become held.
+
+        Raises:
+            InvalidTransition: A block is neither held nor cached; nothing changes.
+        """
+        revived = np.unique(ids[self.ref_count[ids] == 0])
+        if (self._place[revived] < 0).any():
+            wrong = int(revived[self._place[revived] < 0][0])
+            raise InvalidTransition("shared though it is blank", where=f"block {wrong}")
+        self._place[revived] = -1
+        self._num_cached -= len(revived)
+        np.add.at(self.ref_count, ids, 1)
+
+    def release(self, ids: Int32, findable: Bool) -> None:
+        """Drop one reference per occurrence in ``ids``.
+
+        Blocks that nobody holds any more become free in the given order, so a caller that gives
+        a sequence's blocks tail first has its chain reused from the leaf.
+
+        Args:
+            ids: [N] Block ids, tail first.
+            findable: [N] Whether each block's content can be found again: cached, not blank.
+
+        Raises:
+            InvalidTransition: A block has fewer references than ``ids`` drops; nothing changes.
+        """
+        held, drops = np.unique(ids, return_counts=True)
+        if (self.ref_count[held] < drops).any():
+            wrong = int(held[self.ref_count[held] < drops][0])
+            raise InvalidTransition("freed more often than it is held", where=f"block {wrong}")
+        np.subtract.at(self.ref_count, ids, 1)
+        freed = np.flatnonzero(self.ref_count[ids] == 0)
+        if len(held) < len(ids):  # a block named twice is freed once, where it is named last
+            _, last = np.unique(ids[freed][::-1], return_index=True)
+            freed = freed[np.sort(len(freed) - 1 - last)]
+        keep = findable[freed]
+        self._push_blank(ids[freed[~keep]])
+        self._push_cached(ids[freed[keep]])
+
+    def forget(self, ids: Int32) -> None:
+        """Turn those of ``ids`` that are cached into blank ones; held ones are left alone."""
+        cached = ids[self._place[ids] >= 0]
+        self._place[cached] = -1
+        self._num_cached -= len(cached)
+        self._push_blank(cached)
+
+    def _push_blank(self, ids: Int32) -> None:
+        self._blank[self._num_blank : self._num_blank + len(ids)] = ids
+        self._num_blank += len(ids)
+
+    def _push_cached(self, ids: Int32) -> None:
+        if self._tail + len(ids) > len(self._queue):
+            live = self._live(self._head, self._tail)
+            self._queue[: len(live)] = live
+            self._place[live] = np.arange(len(live), dtype=np.int32)
+            self._head, self._tail = 0, len(live)
+        end = self._tail + len(ids)
+        self._queue[self._tail : end] = ids
+        self._place[ids] = np.arange(self._tail, end, dtype=np.int32)
+        self._tail = end
+        self._num_cached += len(ids)
+
+    def _live(self, start: int, end: int) -> Int32:
+        window = self._queue[start:end]
+        live: Int32 = window[self._place[window] == np.arange(start, end)]
+        return live
+
+    def _pop_cached(self, count: int) -> Int32:
+        """Take the ``count`` longest free cached blocks; the caller knows there are as many."""
+        taken: list[Int32] = []
+        missing = count
+        reach = max(2 * count, 64)
+        while missing:
+            end = min(self._head + reach, self._tail)
+            reach *= 2  # a long dead stretch is crossed in few strides
+            window = self._queue[self._head : end]
+            live = np.flatnonzero(self._place[window] == np.arange(self._head, end))[:missing]
+            taken.append(window[live])
+            missing -= len(live)
+            self._head = end if missing else self._head + int(live[-1]) + 1
+        ids = np.concatenate(taken)
+        self._place[ids] = -1
+        self._num_cached -= count
+        return ids
+
+    def audit(self) -> None:
+        """Check every invariant; AssertionError names the one that does not hold. O(blocks)."""
+        assert (self.ref_count >= 0).all(), "a reference count is negative"
+        blank = self._blank[: self._num_blank]
+        cached = self._live(self._head, self._tail)
+        assert len(cached) == self._num_cached, "cached blocks are miscounted"
+        assert (self._place >= 0).sum() == self._num_cached, "a place points outside the queue"
+        free = np.concatenate([blank, cached])
+        assert len(np.unique(free)) == len(free), "a block is free twice"
+        assert (self.ref_count[free] == 0).all(), "a free block is held"
+        held = int((self.ref_count > 0).sum())
+        assert held + len(free) == self.num_blocks, "a block is neither held nor free"

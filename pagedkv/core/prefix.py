@@ -1,0 +1,144 @@
+"""Which blocks hold which prefix: a chain of keyed hashes and an index from hash to blocks.
+
+A full block's hash covers its tokens and, through its parent's hash, every token before it and
+the request's salt. Equal hash means equal prefix under equal salt: 128 bits of BLAKE2b leave no
+chance worth counting, so tokens are not compared again.
+"""
+
+from collections.abc import Sequence as Ids
+from hashlib import blake2b
+
+import numpy as np
+
+from pagedkv.core.arrays import Bool, Int32
+
+__all__ = ["PrefixIndex", "extend_chain"]
+
+DIGEST_BYTES = 16
+
+
+def chain_root(salt: str, block_size: int) -> bytes:
+    """Return the parent hash of a first block; differs for every salt and block size."""
+    key = blake2b(salt.encode()).digest()
+    return blake2b(block_size.to_bytes(4, "little"), key=key, digest_size=DIGEST_BYTES).digest()
+
+
+def extend_chain(
+    hashes: list[bytes], token_ids: Int32, num_blocks: int, block_size: int, salt: str
+) -> None:
+    """Lengthen ``hashes`` in place until it covers the first ``num_blocks`` blocks.
+
+    Args:
+        hashes: The chain so far, one digest per full block.
+        token_ids: [at least num_blocks * block_size] The sequence's tokens.
+    """
+    if len(hashes) >= num_blocks:
+        return
+    parent = hashes[-1] if hashes else chain_root(salt, block_size)
+    start = len(hashes) * block_size
+    content = np.ascontiguousarray(token_ids[start : num_blocks * block_size]).tobytes()
+    stride = block_size * token_ids.itemsize
+    for begin in range(0, len(content), stride):
+        parent = blake2b(
+            parent + content[begin : begin + stride], digest_size=DIGEST_BYTES
+        ).digest()
+        hashes.append(parent)
+
+
+class PrefixIndex:
+    """Finds the blocks of a hashed prefix, one per group.
+
+    Entry numbers stand for sealed blocks' contents; ``entry_of`` leads from a block id back to
+    its entry, so that reclaiming any block of an entry makes the whole entry unfindable.
+    """
+
+    def __init__(self, num_blocks: int, num_groups: int = 1) -> None:
+        self.num_groups = num_groups
+        self.entry_of: Int32 = np.full(num_blocks, -1, np.int32)
+        self._entries: dict[bytes, int] = {}
+        self._hashes: list[bytes | None] = []
+        self._blocks: Int32 = np.zeros((0, num_groups), np.int32)
+        self._unused: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def findable(self, ids: Int32) -> Bool:
+        """Return for each block id whether its content can be found."""
+        return self.entry_of[ids] >= 0
+
+    def match(self, hashes: Ids[bytes]) -> Int32:
+        """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
+        found: list[int] = []
+        for digest in hashes:
+            entry = self._entries.get(digest)
+            if entry is None:
+                break
+            found.append(entry)
+        return self._blocks[found]
+
+    def insert(self, digest: bytes, block_ids: Int32) -> bool:
+        """Make a sealed block findable; the first of equal contents wins.
+
+        Args:
+            digest: The block's hash.
+            block_ids: [num_groups] The blocks that hold it.
+
+        Returns:
+            Whether it was new.
+        """
+        if digest in self._entries:
+            return False
+        if not self._unused:
+            self._grow()
+        entry = self._unused.pop()
+        self._entries[digest] = entry
+        self._hashes[entry] = digest
+        self._blocks[entry] = block_ids
+        self.entry_of[block_ids] = entry
+        return True
+
+    def remove(self, ids: Int32) -> tuple[list[bytes], Int32]:
+        """Make unfindable every entry that has one of the blocks ``ids``.
+
+        Returns:
+            The hashes removed, and the blocks of those entries: [N] ids, those in ``ids`` included.
+        """
+        entries = np.unique(self.entry_of[ids])
+        entries = entries[entries >= 0]
+        gone: list[bytes] = []
+        for entry in entries.tolist():
+            digest = self._hashes[entry]
+            assert digest is not None
+            del self._entries[digest]
+            self._hashes[entry] = None
+            gone.append(digest)
+        self._unused.extend(entries.tolist())
+        blocks = self._blocks[entries].ravel()
+        self.entry_of[blocks] = -1
+        return gone, blocks
+
+    def clear(self) -> Int32:
+        """Make everything unfindable; return the blocks concerned."""
+        blocks = np.flatnonzero(self.entry_of >= 0).astype(np.int32)
+        self.remove(blocks)
+        return blocks
+
+    def _grow(self) -> None:
+        size = len(self._hashes)
+        more = max(64, size)
+        self._hashes.extend([None] * more)
+        self._blocks = np.concatenate(
+            [self._blocks, np.full((more, self.num_groups), -1, np.int32)]
+        )
+        self._unused.extend(range(size + more - 1, size - 1, -1))
+
+    def audit(self) -> None:
+        """Check every invariant; AssertionError names the one that does not hold."""
+        assert len(self._entries) + len(self._unused) == len(self._hashes), "an entry is lost"
+        for digest, entry in self._entries.items():
+            assert self._hashes[entry] == digest, f"entry {entry} holds another hash"
+            blocks = self._blocks[entry]
+            assert (self.entry_of[blocks] == entry).all(), f"entry {entry} is not its blocks' own"
+        live = self.num_groups * len(self._entries)
+        assert int((self.entry_of >= 0).sum()) == live, "a block points at an entry that is gone"

@@ -1,0 +1,333 @@
+"""What a user asks for, and the life of each sequence that answers it.
+
+Everything that affects the lifecycle lives in this file: `TRANSITIONS` is the whole of it.
+"""
+
+import enum
+from collections.abc import Mapping, Set
+from collections.abc import Sequence as Ids
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+from pagedkv.config import LARGEST_INT32, Checked, TokenId
+from pagedkv.core.arrays import Bool, Float32, Int32
+from pagedkv.errors import InvalidRequest, InvalidTransition, PagedKVError
+from pagedkv.eviction import Policy
+
+__all__ = [
+    "TRANSITIONS",
+    "UNBOUNDED",
+    "FinishedSequence",
+    "Request",
+    "SamplingParams",
+    "Sequence",
+    "Status",
+    "prompt_array",
+]
+
+FULL = Policy()
+UNBOUNDED = 2**30
+Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return a list or array as a tuple, None as an empty one; anything else as it is."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
+    return () if value is None else value
+
+
+class SamplingParams(Checked, frozen=True, kw_only=True):
+    """How tokens are drawn and when drawing stops; the words and defaults are vLLM's.
+
+    Attributes:
+        n: Sequences to draw for the prompt; they share its blocks and fork copy-on-write.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Keep the likeliest tokens until their probabilities sum to this.
+        top_k: Keep this many likeliest tokens; 0 or -1 keeps all.
+        min_p: Drop tokens less likely than this fraction of the likeliest.
+        seed: Fixes the draws of this request, whatever else is in the batch.
+        max_tokens: The most tokens to generate; None goes on to the model's length.
+        stop: Strings that end the text; they are not part of it.
+        stop_token_ids: Token ids that end the sequence, beside the model's own.
+        ignore_eos: Go on past the model's end-of-sequence tokens.
+        logprobs: Report this many likeliest alternatives per token; 0 only the token's own.
+        repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
+        presence_penalty: Subtracted from the logit of every token already generated.
+        frequency_penalty: The same, times how often it was generated.
+    """
+
+    section: ClassVar[str] = "sampling"
+    error: ClassVar[type[PagedKVError]] = InvalidRequest
+
+    n: Annotated[int, Meta(ge=1)] = 1
+    temperature: Temperature = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=LARGEST_INT32)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
+    stop: str | tuple[str, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
+        msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        super().__post_init__()
+        if "" in self.stop:
+            raise InvalidRequest(
+                "an empty stop string", where="sampling.stop", remedy="give strings with text"
+            )
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """One prompt and what to do with it.
+
+    Attributes:
+        request_id: The caller's name for it; unique among the requests of a scheduler.
+        prompt_token_ids: The prompt.
+        sampling: How to draw.
+        cache_salt: Prompts share cached blocks only with prompts of the same salt.
+        eviction: What its sequences may forget: a policy, a preset or an expression; None takes
+            the cache's.
+
+    Raises:
+        InvalidRequest: A field is of another type; the prompt is checked by `Scheduler.add`.
+    """
+
+    request_id: str
+    prompt_token_ids: Ids[int] | Int32
+    sampling: SamplingParams = SamplingParams()
+    cache_salt: str = ""
+    eviction: str | Policy | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("request_id", (str,)),
+            ("sampling", (SamplingParams,)),
+            ("cache_salt", (str,)),
+            ("eviction", (str, Policy, type(None))),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise InvalidRequest(
+                    f"{name} is {value!r}",
+                    where=f"request {self.request_id!r}",
+                    remedy=f"give {' or '.join(kind.__name__ for kind in kinds)}",
+                )
+        try:
+            self.cache_salt.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                f"cache_salt is {self.cache_salt!r}, which is not text",
+                where=f"request {self.request_id!r}",
+                remedy="give text that can be encoded as UTF-8",
+            ) from None
+
+
+class Status(enum.IntEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED = 3
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.FINISHED}),
+    Status.PREEMPTED: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.FINISHED: frozenset(),
+}
+
+
+class FinishedSequence(Struct, frozen=True, kw_only=True):
+    """A sequence that has ended, and how.
+
+    Attributes:
+        request_id: The request it answers.
+        seq_id: Its own id.
+        index: Which of the request's ``n`` sequences.
+        token_ids: The generated tokens, a stop token included.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``error``.
+        stop_reason: The stop token's id or the stop string, if one ended it and it was not eos.
+        error: What went wrong, if ``finish_reason`` is ``error``.
+        num_cached_tokens: Prompt tokens that the prefix cache spared at the first admission.
+        num_preemptions: How often it was pushed back to waiting.
+        num_evicted_tokens: Tokens it has forgotten, mean over groups.
+        forfeited_mass: The attention mass that their blocks got from the last query before they
+            went, summed over blocks, mean over groups.
+    """
+
+    request_id: str
+    seq_id: int
+    index: int
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: int | str | None = None
+    error: str = ""
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_evicted_tokens: float = 0.0
+    forfeited_mass: float = 0.0
+
+
+class Eviction(NamedTuple):
+    """A round of eviction that was held: keep [groups, blocks], which table entries stayed."""
+
+    keep: Bool
+
+
+class SavedScores(NamedTuple):
+    """What eviction knew of a sequence when it was preempted.
+
+    Attributes:
+        computed: Its computed tokens.
+        columns: [groups, blocks] per column of scores.
+        num_evicted: Tokens it had forgotten, summed over groups.
+        forfeited: The mass they had, summed over groups.
+    """
+
+    computed: int
+    columns: list[Float32]
+    num_evicted: int
+    forfeited: float
+
+
+class Sequence:
+    """One sequence of tokens on its way from prompt to end.
+
+    While it runs, its tokens live in the sequence table at `row`; otherwise in `token_ids`.
+
+    Attributes:
+        seq_id: Unique, counts up in order of creation.
+        siblings: The request's other sequences while they wait for this one to compute the
+            prompt; empty once they have forked from it.
+        hashes: The hash chain of its full blocks, as far as it was needed.
+        row: Its table row while it runs, else -1.
+        policy: What it may forget.
+        max_blocks: The most blocks per table that the policy lets it hold at once.
+        max_len: The most tokens it may know.
+        max_prefix: The most tokens it may take from the prefix cache.
+        evictions: The rounds that cost it blocks, by the tokens computed at that time.
+        saved: Its scores at the last preemption, if it was evicting.
+        num_computed: The tokens that were computed when it last left its row.
+    """
+
+    __slots__ = (
+        "evictions",
+        "hashes",
+        "index",
+        "max_blocks",
+        "max_len",
+        "max_prefix",
+        "num_cached_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt",
+        "policy",
+        "request",
+        "row",
+        "saved",
+        "seed",
+        "seq_id",
+        "siblings",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(
+        self, seq_id: int, request: Request, token_ids: Int32, *, index: int, seed: int
+    ) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.token_ids = token_ids
+        self.index = index
+        self.seed = seed
+        self.num_prompt = len(token_ids)
+        self.status = Status.WAITING
+        self.row = -1
+        self.siblings: list[Sequence] = []
+        self.policy = FULL
+        self.max_blocks = UNBOUNDED
+        self.max_len = UNBOUNDED
+        self.max_prefix = UNBOUNDED
+        self.evictions: dict[int, Eviction] = {}
+        self.saved: SavedScores | None = None
+        self.hashes: list[bytes] = []
+        self.num_cached_tokens = 0
+        self.num_computed = 0
+        self.num_preemptions = 0
+
+    @property
+    def group(self) -> "list[Sequence]":
+        """Itself and the siblings that move with it."""
+        return [self, *self.siblings]
+
+    def move(self, status: Status) -> None:
+        """Change the status.
+
+        Raises:
+            InvalidTransition: `TRANSITIONS` has no such arrow.
+        """
+        if status not in TRANSITIONS[self.status]:
+            raise InvalidTransition(
+                f"{self.status.name} cannot become {status.name}",
+                where=f"request {self.request.request_id!r}",
+            )
+        self.status = status
+
+
+def prompt_array(request: Request, vocab_size: int, max_len: int) -> Int32:
+    """Return the prompt as int32 after checking it against vocabulary and greatest length.
+
+    Raises:
+        InvalidRequest: The prompt is empty, too long for the model, or holds something that is
+            not a token id of its vocabulary.
+    """
+    where = f"request {request.request_id!r} prompt_token_ids"
+    wide = _flat_array(request.prompt_token_ids)
+    if wide.size == 0 and wide.dtype != object:
+        raise InvalidRequest("the prompt is empty", where=where, remedy="give at least one token")
+    if wide.ndim != 1 or wide.dtype.kind not in "iu":
+        raise InvalidRequest(
+            "the prompt is not a flat list of whole numbers", where=where, remedy="give token ids"
+        )
+    wrong = np.flatnonzero((wide < 0) | (wide >= vocab_size))
+    if wrong.size:
+        raise InvalidRequest(
+            f"token id {wide[wrong[0]]} at index {wrong[0]} is outside the vocabulary",
+            where=where,
+            remedy=f"give ids from 0 to {vocab_size - 1}",
+        )
+    if wide.size >= max_len:
+        raise InvalidRequest(
+            f"the prompt has {wide.size} tokens and the model takes {max_len} in all",
+            where=where,
+            remedy=f"give at most {max_len - 1} tokens, or raise max_model_len",
+        )
+    return wide.astype(np.int32)
+
+
+def _flat_array(ids: Any) -> npt.NDArray[Any]:
+    """Return ids as an array, of dtype object if they are not numbers in an order."""
+    if isinstance(ids, np.ndarray):
+        return ids
+    unfit = isinstance(ids, bytes | bytearray | Set | Mapping)
+    try:
+        items = [None] if unfit else list(ids)
+        return np.asarray([None] if any(isinstance(i, bool) for i in items) else items)
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0, object)

@@ -1,0 +1,172 @@
+"""Who is in work: every sequence from its request to its end, waiting or running."""
+
+import numpy as np
+
+from pagedkv.core.arrays import Int32
+from pagedkv.core.manager import BlockManager
+from pagedkv.core.queues import FirstComeFirstServed
+from pagedkv.core.request import FinishedSequence, Sequence, Status
+from pagedkv.core.retention import Retention
+from pagedkv.core.stats import Totals
+from pagedkv.errors import NeverFits
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """Moves sequences between waiting, running and finished, with their rows and blocks.
+
+    A request's sequences are one entry of the queue until its prompt is computed: the first, the
+    leader, takes rows for all of them, and the siblings fork from it.
+
+    Attributes:
+        waiting: The queue.
+        requests: Per request id, its sequences that have not finished.
+        sequences: The same by sequence id.
+        unforked: Running leaders whose siblings have not forked yet, by sequence id.
+        finished: Ends that were not reported yet.
+    """
+
+    def __init__(self, manager: BlockManager, retention: Retention, totals: Totals) -> None:
+        self._manager = manager
+        self._retention = retention
+        self._totals = totals
+        self._table = manager.table
+        self.waiting = FirstComeFirstServed()
+        self.requests: dict[str, list[Sequence]] = {}
+        self.sequences: dict[int, Sequence] = {}
+        self.unforked: dict[int, Sequence] = {}
+        self.finished: list[FinishedSequence] = []
+
+    def enlist(self, group: list[Sequence]) -> None:
+        """Queue the sequences of a new request."""
+        group[0].siblings = group[1:]
+        self.requests[group[0].request.request_id] = group
+        self.sequences.update((seq.seq_id, seq) for seq in group)
+        self.waiting.push(group[0])
+
+    def admit(self, seq: Sequence, hits: Int32, stop_ids: list[int]) -> None:
+        """Take the next waiting sequence into rows, starting from cached blocks."""
+        self.waiting.pop()
+        for member, row in zip(seq.group, self._table.free_rows.tolist(), strict=False):
+            member.row = row
+            member.move(Status.RUNNING)
+            self._table.bind(member, row, stop_ids)
+            self._retention.bind(member)
+        self._manager.admit(seq, hits)
+        self._table.start(seq.row)
+        if seq.siblings:
+            self.unforked[seq.seq_id] = seq
+        cached = len(hits) * self._manager.block_size
+        if seq.num_preemptions:
+            self._totals.resumed_tokens_cached += cached
+            self._totals.recomputed_tokens += max(0, seq.num_computed - cached)
+        else:
+            self._totals.prompt_tokens += seq.num_prompt
+            self._totals.prompt_tokens_cached += cached
+
+    def fork_finished_prompts(self) -> None:
+        """Let siblings run whose leader has computed the prompt; they share its blocks."""
+        for seq in list(self.unforked.values()):
+            if self._table.num_computed[seq.row] < self._table.num_known[seq.row]:
+                continue
+            del self.unforked[seq.seq_id]
+            siblings, seq.siblings = seq.siblings, []
+            rows = np.array([member.row for member in siblings], np.int32)
+            self._manager.fork(seq.row, rows)
+            for member in siblings:
+                member.hashes = seq.hashes.copy()
+                member.num_cached_tokens = seq.num_cached_tokens
+                member.num_preemptions = seq.num_preemptions
+                member.evictions = seq.evictions.copy()
+                self._table.start(member.row)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks and put it back to waiting.
+
+        Its tokens are computed again; if it had evicted, the same rounds are held again.
+        """
+        self._retention.save(seq)
+        self._vacate(seq)
+        for member in seq.group:
+            member.move(Status.PREEMPTED)
+            member.num_preemptions += 1
+        self._totals.num_preemptions += 1
+        self.waiting.push_preempted(seq)
+
+    def _vacate(self, seq: Sequence) -> None:
+        """Free the rows and blocks of a running sequence and of the siblings that wait on it."""
+        known = self._table.num_known[seq.row]
+        seq.token_ids = self._table.token_ids[seq.row, :known].copy()
+        seq.num_computed = int(self._table.num_computed[seq.row])
+        self._manager.release(np.array([member.row for member in seq.group], np.int32))
+        self.unforked.pop(seq.seq_id, None)
+        for member in seq.group:
+            member.row = -1
+
+    def fail_outgrown(self, seq: Sequence) -> None:
+        """End a sequence that the whole pool can no longer hold."""
+        pool = self._manager.pool
+        error = NeverFits(
+            f"it has outgrown the pool of {pool.num_blocks} blocks of {self._manager.block_size}",
+            where=f"request {seq.request.request_id!r}",
+            remedy="lower max_tokens or raise cache.num_blocks",
+        )
+        self.finished += self.end(seq, "error", error=str(error))
+
+    def end(
+        self,
+        seq: Sequence,
+        reason: str,
+        *,
+        stop_reason: int | str | None = None,
+        error: str = "",
+    ) -> list[FinishedSequence]:
+        """Take a sequence, and the siblings that wait on it, out of the scheduler."""
+        evicted, forfeited = self._retention.certificate(seq)
+        if seq.status is Status.RUNNING:
+            self._vacate(seq)
+        else:
+            self.waiting.remove(seq)
+        ended = [
+            FinishedSequence(
+                request_id=member.request.request_id,
+                seq_id=member.seq_id,
+                index=member.index,
+                token_ids=member.token_ids[member.num_prompt :].tolist(),
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                error=error,
+                num_cached_tokens=member.num_cached_tokens,
+                num_preemptions=member.num_preemptions,
+                num_evicted_tokens=evicted,
+                forfeited_mass=forfeited,
+            )
+            for member in seq.group
+        ]
+        for member in seq.group:
+            self._strike(member)
+        return ended
+
+    def _strike(self, seq: Sequence) -> None:
+        seq.move(Status.FINISHED)
+        del self.sequences[seq.seq_id]
+        group = self.requests[seq.request.request_id]
+        group.remove(seq)
+        if not group:
+            del self.requests[seq.request.request_id]
+        self._totals.num_finished += 1
+
+    def audit(self) -> None:
+        """Check every invariant; AssertionError names the one that does not hold."""
+        for seq_id, seq in self.sequences.items():
+            assert seq.seq_id == seq_id, "a sequence is filed under another's id"
+            running = seq.status is Status.RUNNING
+            assert running == (seq.row >= 0), f"sequence {seq_id} and its row disagree"
+            if running:
+                assert self._table.sequences[seq.row] is seq, f"row {seq.row} is another's"
+        taken = sum(s is not None for s in self._table.sequences)
+        in_rows = sum(s.row >= 0 for s in self.sequences.values())
+        assert taken == in_rows, "a row is held by nobody in work"
+        waiting = sum(len(seq.group) for seq in self.waiting)
+        assert waiting + in_rows == len(self.sequences), "a sequence neither waits nor runs"

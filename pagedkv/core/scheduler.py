@@ -1,0 +1,339 @@
+"""Requests in, step plans out: continuous batching with chunked prefill under a token budget."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.config import EngineConfig, audit_enabled
+from pagedkv.core.admission import Admission
+from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.groups import group_layout
+from pagedkv.core.manager import BlockManager
+from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens
+from pagedkv.core.planner import build_plan
+from pagedkv.core.request import FinishedSequence, Request, Sequence, prompt_array
+from pagedkv.core.retention import Retention
+from pagedkv.core.roster import Roster
+from pagedkv.core.stats import SchedulerStats, Totals
+from pagedkv.errors import InvalidRequest, InvalidTransition
+from pagedkv.events import KVEvent
+
+__all__ = ["Scheduler"]
+
+NO_ROWS: Int32 = np.empty(0, np.int32)
+
+
+class Scheduler:
+    """Decides, step by step, who computes how many tokens in which blocks.
+
+    It does no I/O, reads no clock and knows no tensor: `schedule` returns a plan, whoever embeds
+    it carries the plan out, `commit` takes the result. Equal calls give equal plans.
+
+    Args:
+        config: Model facts, pool and limits.
+    """
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.layout = group_layout(self.config.model, self.config.cache)
+        self.manager = BlockManager(
+            self.config.cache, self.config.scheduler.max_num_seqs, self.layout.num_groups
+        )
+        self.table = self.manager.table
+        self.retention = Retention(self.config, self.layout, self.manager)
+        self.retention.resolve(None)
+        self._admission = Admission(self.config, self.manager)
+        self._totals = Totals()
+        self._roster = Roster(self.manager, self.retention, self._totals)
+        self._outstanding: StepPlan | None = None
+        self._seeds = np.random.default_rng(self.config.scheduler.seed)
+        self._next_seq_id = 0
+        self._audits = audit_enabled()
+
+    # Requests
+
+    def add(self, request: Request) -> list[int]:
+        """Queue a request.
+
+        Returns:
+            The ids of its ``n`` sequences.
+
+        Raises:
+            InvalidRequest: The prompt or the parameters are wrong, or the id is in use.
+            NeverFits: An empty pool would be too small for the prompt and one token.
+        """
+        if request.request_id in self._roster.requests:
+            raise InvalidRequest(
+                "the id is in use by a request that has not finished",
+                where=f"request {request.request_id!r}",
+                remedy="give every request its own id",
+            )
+        policy = self.retention.resolve(request.eviction)
+        max_blocks = self.retention.max_blocks(policy)
+        max_len = self._admission.max_len(request, policy)
+        prompt = prompt_array(request, self.config.model.vocab_size, max_len)
+        self._admission.check(request, len(prompt), max_blocks)
+        seed = request.sampling.seed
+        if seed is None:
+            seed = int(self._seeds.integers(2**62))
+        group = [
+            Sequence(self._next_seq_id + i, request, prompt, index=i, seed=seed + i)
+            for i in range(request.sampling.n)
+        ]
+        for seq in group:
+            seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
+            seq.max_prefix = self.retention.usable_prefix(policy)
+        self._next_seq_id += len(group)
+        self._roster.enlist(group)
+        return [seq.seq_id for seq in group]
+
+    def abort(self, request_id: str) -> list[FinishedSequence]:
+        """End a request now, in whatever state it is; its blocks are free at once.
+
+        Raises:
+            InvalidTransition: No such request is queued or running.
+        """
+        group = self._roster.requests.get(request_id)
+        if group is None:
+            raise InvalidTransition(
+                "it has finished or was never added",
+                where=f"request {request_id!r}",
+                remedy="abort each request at most once",
+            )
+        ended: list[FinishedSequence] = []
+        for seq in list(group):
+            if (
+                seq.seq_id in self._roster.sequences
+            ):  # not gone already with the sibling it waited on
+                ended += self._roster.end(seq, "abort")
+        return ended
+
+    def stop(self, seq_id: int, stop_reason: str) -> FinishedSequence:
+        """End one sequence because its text holds a stop string.
+
+        Raises:
+            InvalidTransition: The sequence has finished or never was.
+        """
+        seq = self._roster.sequences.get(seq_id)
+        if seq is None or self._num_known(seq) == seq.num_prompt:
+            raise InvalidTransition(
+                "it has finished, has no text yet, or never was",
+                where=f"sequence {seq_id}",
+                remedy="stop a sequence that has generated tokens",
+            )
+        return self._roster.end(seq, "stop", stop_reason=stop_reason)[0]
+
+    def _num_known(self, seq: Sequence) -> int:
+        return int(self.table.num_known[seq.row]) if seq.row >= 0 else len(seq.token_ids)
+
+    def has_unfinished(self) -> bool:
+        """Return whether any request is waiting or running, or an end was not reported yet."""
+        return bool(self._roster.requests) or bool(self._roster.finished)
+
+    # A step: schedule
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step. The plan may be empty if nothing can run.
+
+        Raises:
+            InvalidTransition: The plan before was not committed; nothing changes.
+        """
+        if self._outstanding is not None:
+            raise InvalidTransition(
+                f"plan {self._outstanding.step} is outstanding",
+                where="schedule",
+                remedy="commit it first",
+            )
+        preempted = self._totals.num_preemptions
+        rows, counts = self._continue_running()
+        self.retention.place(rows)
+        copies = self.manager.grow(rows, counts)
+        if preempted == self._totals.num_preemptions:
+            new_rows, new_counts = self._admit_waiting(counts.sum())
+            rows, counts = np.append(rows, new_rows), np.append(counts, new_counts)
+        siblings = {
+            seq.row: np.array([member.row for member in seq.siblings], np.int32)
+            for seq in self._roster.unforked.values()
+        }
+        plan = build_plan(
+            self._totals.num_steps, self.table, self.retention, rows, counts, copies, siblings
+        )
+        self._totals.num_steps += 1
+        self._outstanding = plan
+        return plan
+
+    def _continue_running(self) -> tuple[Int32, Int32]:
+        """Share the token budget among running sequences, first admitted first served.
+
+        If blocks are lacking, the last admitted goes back to waiting until the rest fits; one
+        that is alone and still lacks blocks ends with an error.
+        """
+        while True:
+            rows, counts = self._grants()
+            if not self.manager.shortfall(rows, counts):
+                return rows, counts
+            victim = self.table.sequences[int(self.table.running[-1])]
+            assert victim is not None
+            if len(self.table.running) > 1:
+                self._roster.preempt(victim)
+            else:
+                self._roster.fail_outgrown(victim)
+
+    def _grants(self) -> tuple[Int32, Int32]:
+        """Return the running rows that compute, and how many tokens each: [B], [B]."""
+        limits = self.config.scheduler
+        rows = self.table.running
+        need = self.table.num_known[rows] - self.table.num_computed[rows]
+        need = self.retention.limit(rows, need)
+        if limits.long_prefill_token_threshold:
+            need = np.minimum(need, limits.long_prefill_token_threshold)
+        before = np.cumsum(need) - need
+        counts = np.clip(limits.max_num_batched_tokens - before, 0, need).astype(np.int32)
+        granted = counts > 0
+        return rows[granted], counts[granted]
+
+    def _admit_waiting(self, spent: int) -> tuple[Int32, Int32]:
+        """Admit from the queue while tokens, rows and blocks last; give each its first chunk."""
+        limits = self.config.scheduler
+        budget = limits.max_num_batched_tokens - int(spent)
+        chunk = limits.long_prefill_token_threshold or budget
+        rows: list[int] = []
+        counts: list[int] = []
+        while self._roster.waiting and budget > 0:
+            seq = self._roster.waiting.peek()
+            if self._admission.has_outgrown(seq):
+                self._roster.fail_outgrown(seq)
+                continue
+            hits = self.manager.find_prefix(seq)
+            if not self._admission.can_admit(seq, hits):
+                break
+            self._roster.admit(seq, hits, self._stop_ids(seq.request))
+            row = np.array([seq.row], np.int32)
+            left = self.table.num_known[row] - self.table.num_computed[row]
+            count = min(int(self.retention.limit(row, left)[0]), chunk, budget)
+            self.retention.place(row)
+            self.manager.grow(row, np.array([count], np.int32))
+            rows.append(seq.row)
+            counts.append(count)
+            budget -= count
+        return np.array(rows, np.int32), np.array(counts, np.int32)
+
+    def _stop_ids(self, request: Request) -> list[int]:
+        eos = () if request.sampling.ignore_eos else self.config.model.eos_token_ids
+        return sorted({*request.sampling.stop_token_ids, *eos})
+
+    # A step: commit
+
+    def commit(self, plan: StepPlan, result: StepResult) -> StepOutput:
+        """Take in what a plan's execution gave; sequences aborted meanwhile are passed over.
+
+        A drawn token outside the vocabulary, such as -1, says that the draw failed: that sequence
+        ends with an error.
+
+        Raises:
+            InvalidTransition: The plan is not the outstanding one, or the result is not one whole
+                number for each of the plan's samples; nothing changes.
+        """
+        self._check_outstanding(plan, "commit")
+        drawn = drawn_tokens(plan, result)
+        self._outstanding = None
+        alive = self.table.seq_id[plan.rows] == plan.seq_ids
+        counts = np.diff(plan.query_start)
+        self.retention.observe(plan, result, alive)
+        self.manager.advance(plan.rows[alive], counts[alive])
+        self.retention.evict(plan.rows[alive])
+        self._roster.fork_finished_prompts()
+        self._end_failed(plan, drawn)
+        sample = np.flatnonzero(np.isin(plan.sample_rows, self.table.running))
+        rows, token_ids = plan.sample_rows[sample], drawn[sample].astype(np.int32)
+        seq_ids = self.table.seq_id[rows]
+        stopped = self.table.append_tokens(rows, token_ids)
+        self._totals.generation_tokens += len(rows)
+        self._finish_ended(rows, token_ids, stopped)
+        finished, self._roster.finished = self._roster.finished, []
+        if self._audits:
+            self.audit()
+        return StepOutput(
+            rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
+        )
+
+    def discard(self, plan: StepPlan) -> None:
+        """Give up a plan that could not be carried out.
+
+        What its blocks hold is unknown, so its sequences go back to waiting, in their order, and
+        compute their tokens again.
+
+        Raises:
+            InvalidTransition: The plan is not the outstanding one; nothing changes.
+        """
+        self._check_outstanding(plan, "discard")
+        self._outstanding = None
+        alive = self.table.seq_id[plan.rows] == plan.seq_ids
+        for row in plan.rows[alive][::-1].tolist():
+            seq = self.table.sequences[row]
+            assert seq is not None
+            self._roster.preempt(seq)
+
+    def _check_outstanding(self, plan: StepPlan, where: str) -> None:
+        if self._outstanding is None or plan is not self._outstanding:
+            raise InvalidTransition(
+                f"plan {getattr(plan, 'step', plan)} is not the outstanding plan of this scheduler",
+                where=where,
+                remedy="commit every plan once, in order, to the scheduler that made it",
+            )
+
+    def _end_failed(self, plan: StepPlan, drawn: npt.NDArray[np.integer[Any]]) -> None:
+        """End the sequences whose draw gave no token of the vocabulary; the rest goes on."""
+        failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
+        rows = plan.sample_rows[failed]
+        for row in rows[np.isin(rows, self.table.running)].tolist():
+            seq = self.table.sequences[row]
+            assert seq is not None
+            error = f"request {seq.request.request_id!r}: the model's logits were not finite"
+            self.manager.disown(row)  # whoever begins alike computes its own
+            self._roster.finished += self._roster.end(seq, "error", error=error)
+
+    def _finish_ended(self, rows: Int32, token_ids: Int32, stopped: Bool) -> None:
+        full = self.table.num_known[rows] >= self.table.limit[rows]
+        for i in np.flatnonzero(stopped | full).tolist():
+            seq = self.table.sequences[int(rows[i])]
+            assert seq is not None
+            token = int(token_ids[i])
+            named = token not in self.config.model.eos_token_ids
+            named |= seq.request.sampling.ignore_eos
+            reason = token if stopped[i] and named else None
+            how = "stop" if stopped[i] else "length"
+            self._roster.finished += self._roster.end(seq, how, stop_reason=reason)
+
+    # Reading the state
+
+    def sequence(self, seq_id: int) -> Sequence:
+        """Return a sequence in work; KeyError if it has finished."""
+        return self._roster.sequences[seq_id]
+
+    def stats(self) -> SchedulerStats:
+        """Return the counts of now and the totals so far."""
+        pool = self.manager.pool
+        return SchedulerStats(
+            num_running=len(self.table.running),
+            num_waiting=len(self._roster.waiting),
+            blocks_held=pool.num_held,
+            blocks_cached=pool.num_cached,
+            blocks_free=pool.num_available - pool.num_cached,
+            **msgspec.structs.asdict(self._totals),
+        )
+
+    def take_events(self) -> list[KVEvent]:
+        """Return the KV events since the last call; needs ``cache.enable_kv_cache_events``."""
+        return self.manager.take_events()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix; running sequences are not disturbed."""
+        self.manager.reset_prefix_cache()
+
+    def audit(self) -> None:
+        """Check every invariant of every owner of state; AssertionError names the broken one."""
+        self.manager.audit()
+        self._roster.audit()

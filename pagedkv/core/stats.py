@@ -1,0 +1,48 @@
+"""How a scheduler is doing, in counts."""
+
+from msgspec import Struct
+
+__all__ = ["SchedulerStats", "Totals"]
+
+
+class Totals(Struct, kw_only=True):
+    """What has happened since a scheduler was made; the words are `SchedulerStats`'."""
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    recomputed_tokens: int = 0
+    resumed_tokens_cached: int = 0
+
+
+class SchedulerStats(Struct, frozen=True, kw_only=True):
+    """Counts: gauges of now, then totals since the scheduler was made.
+
+    Attributes:
+        prompt_tokens: Prompt tokens of admitted sequences, cached ones included.
+        prompt_tokens_cached: Those that the prefix cache spared at the first admission.
+        recomputed_tokens: Tokens computed again because their sequence had been preempted.
+        resumed_tokens_cached: Tokens the prefix cache spared when it was resumed.
+    """
+
+    num_running: int
+    num_waiting: int
+    blocks_held: int
+    blocks_cached: int
+    blocks_free: int
+    num_steps: int
+    num_finished: int
+    num_preemptions: int
+    prompt_tokens: int
+    prompt_tokens_cached: int
+    generation_tokens: int
+    recomputed_tokens: int
+    resumed_tokens_cached: int
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The fraction of the pool that sequences hold."""
+        return self.blocks_held / (self.blocks_held + self.blocks_cached + self.blocks_free)

@@ -1,0 +1,274 @@
+"""Running sequences as a struct of arrays: one row each, and their block tables beside them."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64
+from pagedkv.core.plan import Penalties, SamplingBatch
+from pagedkv.core.request import Sequence
+
+__all__ = ["SequenceTable"]
+
+FIRST_WIDTH = 64
+FREE = -1
+ENTRY_COLUMNS = ("block_table", "first_position", "rotation", "score", "weight", "mass")
+SCORE_COLUMNS = ENTRY_COLUMNS[3:]
+
+
+class SequenceTable:
+    """Columns over ``max_num_seqs`` rows; every per-sequence fact of the decode path is here.
+
+    Columns, by what they count:
+        seq_id: The sequence in the row; -1 marks a free row.
+        num_prompt, num_known: Tokens given; tokens given or generated.
+        num_computed: Known tokens whose keys and values were computed.
+        num_resident: [groups, rows] Those of them that are still in the pool.
+        num_blocks: [groups, rows] Entries in use in ``block_table``.
+        limit: The number of known tokens at which the sequence ends.
+        max_blocks: The most blocks per table that the sequence ever holds at once.
+        token_ids: [rows, width] Known tokens.
+        next_position: The position that the next token's query and key are rotated to.
+        num_evicted: Tokens that eviction has forgotten, summed over groups.
+        forfeited: The attention mass they had when they went, summed over groups.
+        replay_until: While fewer tokens are computed, logged evictions are done over again.
+        block_table: [groups, rows, width] Block ids in order of position.
+        first_position: Beside it, where each block's first token stands in its sequence.
+        rotation: Beside it, the position that token's key was rotated to.
+        score, weight, mass: Beside it, what the eviction policy knows of each block.
+        stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
+
+    Rows and table widths grow by doubling when first needed, never while a step is in flight.
+    ``running`` lists the rows in order of admission.
+    """
+
+    def __init__(self, max_num_seqs: int, block_size: int, num_groups: int = 1) -> None:
+        rows = max_num_seqs
+        self.block_size = block_size
+        self.num_rows = rows
+        self.num_groups = num_groups
+        self.seq_id: Int64 = np.full(rows, FREE, np.int64)
+        self.num_prompt: Int32 = np.zeros(rows, np.int32)
+        self.num_known: Int32 = np.zeros(rows, np.int32)
+        self.num_computed: Int32 = np.zeros(rows, np.int32)
+        self.limit: Int32 = np.zeros(rows, np.int32)
+        self.max_blocks: Int32 = np.zeros(rows, np.int32)
+        self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
+        self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
+        self.token_ids: Int32 = np.zeros((rows, FIRST_WIDTH), np.int32)
+        self.next_position: Int32 = np.zeros(rows, np.int32)
+        self.num_evicted: Int64 = np.zeros(rows, np.int64)
+        self.forfeited: Float64 = np.zeros(rows, np.float64)
+        self.replay_until: Int32 = np.zeros(rows, np.int32)
+        entries = (num_groups, rows, FIRST_WIDTH)
+        self.block_table: Int32 = np.zeros(entries, np.int32)
+        self.first_position: Int32 = np.zeros(entries, np.int32)
+        self.rotation: Int32 = np.zeros(entries, np.int32)
+        self.score: Float32 = np.zeros(entries, np.float32)
+        self.weight: Float32 = np.zeros(entries, np.float32)
+        self.mass: Float32 = np.zeros(entries, np.float32)
+        self.stop_ids: Int32 = np.full((rows, 1), -1, np.int32)
+        self.sampling: dict[str, npt.NDArray[Any]] = {
+            "temperature": np.zeros(rows, np.float32),
+            "top_p": np.ones(rows, np.float32),
+            "top_k": np.zeros(rows, np.int32),
+            "min_p": np.zeros(rows, np.float32),
+            "seed": np.zeros(rows, np.uint64),
+            "num_logprobs": np.full(rows, -1, np.int32),
+            "repetition_penalty": np.ones(rows, np.float32),
+            "presence_penalty": np.zeros(rows, np.float32),
+            "frequency_penalty": np.zeros(rows, np.float32),
+        }
+        self.sequences: list[Sequence | None] = [None] * rows
+        self.running: Int32 = np.zeros(0, np.int32)
+
+    @property
+    def free_rows(self) -> Int32:
+        """Rows that no running or reserved sequence holds, lowest first."""
+        return np.flatnonzero(self.seq_id == FREE).astype(np.int32)
+
+    def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
+        """Write a sequence's facts into a row: its tokens, limits and sampling columns.
+
+        Effect: the row counts as taken, with nothing computed and no blocks. It runs once
+        `start` is called.
+        """
+        params = seq.request.sampling
+        known = len(seq.token_ids)
+        self.reserve_tokens(known + 1)
+        self.token_ids[row, :known] = seq.token_ids
+        self.seq_id[row] = seq.seq_id
+        self.num_prompt[row] = seq.num_prompt
+        self.num_known[row] = known
+        self.num_computed[row] = 0
+        self.next_position[row] = 0
+        self.num_evicted[row] = 0
+        self.forfeited[row] = 0
+        self.replay_until[row] = 0
+        self.num_resident[:, row] = 0
+        self.num_blocks[:, row] = 0
+        most = seq.max_len if params.max_tokens is None else seq.num_prompt + params.max_tokens
+        self.limit[row] = min(most, seq.max_len)
+        self.max_blocks[row] = seq.max_blocks
+        self._bind_stops(row, stop_ids)
+        for name, column in self.sampling.items():
+            if name not in ("seed", "num_logprobs"):
+                column[row] = getattr(params, name)
+        self.sampling["seed"][row] = seq.seed
+        self.sampling["num_logprobs"][row] = -1 if params.logprobs is None else params.logprobs
+        self.sequences[row] = seq
+
+    def _bind_stops(self, row: int, stop_ids: list[int]) -> None:
+        short = len(stop_ids) - self.stop_ids.shape[1]
+        if short > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, short)), constant_values=-1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(stop_ids)] = stop_ids
+
+    def start(self, row: int) -> None:
+        """Append a bound row to the order of running."""
+        self.running = np.append(self.running, np.int32(row))
+
+    def release(self, rows: Int32) -> None:
+        """Free rows; their blocks must have been released before."""
+        self.seq_id[rows] = FREE
+        self.num_blocks[:, rows] = 0
+        self.num_resident[:, rows] = 0
+        for row in rows.tolist():
+            self.sequences[row] = None
+        self.running = self.running[~np.isin(self.running, rows)]
+
+    def reserve_tokens(self, width: int) -> None:
+        """Make ``token_ids`` at least ``width`` wide."""
+        self.token_ids = _widened(self.token_ids, width)
+
+    def reserve_blocks(self, width: int) -> None:
+        """Make ``block_table`` and what stands beside it at least ``width`` wide."""
+        if width > self.block_table.shape[-1]:
+            for name in ENTRY_COLUMNS:
+                setattr(self, name, _widened(getattr(self, name), width))
+
+    def append_blocks(self, rows: Int32, counts: Int32, ids: Int32) -> None:
+        """Append blocks to tables, for the tokens that come next; they have no scores yet.
+
+        Args:
+            rows: [B] Rows, each at most once.
+            counts: [groups, B] Blocks each table gains.
+            ids: [counts.sum()] Block ids, table after table in the order of ``counts``.
+        """
+        before = self.num_blocks[:, rows]
+        self.reserve_blocks(int((before + counts).max(initial=0)))
+        flat = counts.ravel()
+        table = np.repeat(np.arange(flat.size), flat)
+        group, member = np.divmod(table, max(1, len(rows)))
+        ordinal = np.arange(len(ids)) - np.repeat(np.cumsum(flat) - flat, flat)
+        row = rows[member]
+        at = group, row, before.ravel()[table] + ordinal
+        ahead = at[2] * self.block_size - self.num_resident[group, row]
+        self.block_table[at] = ids
+        self.first_position[at] = self.num_computed[row] + ahead
+        self.rotation[at] = self.next_position[row] + ahead
+        for name in SCORE_COLUMNS:
+            getattr(self, name)[at] = 0
+        self.num_blocks[:, rows] = before + counts
+
+    def keep_blocks(self, rows: Int32, keep: Bool) -> Int32:
+        """Drop table entries and close the gaps; the order of the rest stands.
+
+        Args:
+            rows: [B] Rows, each at most once.
+            keep: [groups, B, width] Which entries stay; entries not in use count for nothing.
+
+        Returns:
+            The dropped block ids, each table's tail first.
+        """
+        width = keep.shape[2]
+        used = np.arange(width) < self.num_blocks[:, rows, None]
+        dropped = self.block_table[:, rows, :width][:, :, ::-1][(used & ~keep)[:, :, ::-1]]
+        order = np.argsort(~(keep & used), axis=2, kind="stable")
+        for name in ENTRY_COLUMNS:
+            column = getattr(self, name)
+            column[:, rows, :width] = np.take_along_axis(column[:, rows, :width], order, axis=2)
+        self.num_blocks[:, rows] = (keep & used).sum(axis=2)
+        return dropped
+
+    def copy_entries(self, row: int, children: Int32) -> None:
+        """Give rows the block tables, scores and progress of another row."""
+        for name in ENTRY_COLUMNS:
+            column = getattr(self, name)
+            column[:, children] = column[:, [row]]
+        for name in ("num_blocks", "num_resident"):
+            column = getattr(self, name)
+            column[:, children] = column[:, [row]]
+        for name in ("num_computed", "next_position", "num_evicted", "forfeited"):
+            getattr(self, name)[children] = getattr(self, name)[row]
+
+    def blocks_of(self, row: int) -> Int32:
+        """Return a row's blocks, the tails of all groups first: [N] ids.
+
+        Freed in this order, the blocks that hold one stretch of tokens are reclaimed together.
+        """
+        count = self.num_blocks[:, row, None]
+        at = count - 1 - np.arange(count.max())
+        ids = np.take_along_axis(self.block_table[:, row], np.maximum(at, 0), axis=1)
+        blocks: Int32 = ids.T[at.T >= 0]
+        return blocks
+
+    def append_tokens(self, rows: Int32, token_ids: Int32) -> Bool:
+        """Append one generated token to each row and return which rows hit a stop token: [B]."""
+        known = self.num_known[rows]
+        self.reserve_tokens(int(known.max(initial=0)) + 1)
+        self.token_ids[rows, known] = token_ids
+        self.num_known[rows] = known + 1
+        stopped: Bool = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+        return stopped
+
+    def sampling_batch(self, rows: Int32) -> SamplingBatch:
+        """Gather the sampling columns of the rows that draw, in the given order."""
+        columns = {name: column[rows] for name, column in self.sampling.items()}
+        return SamplingBatch(
+            **columns,
+            position=self.num_known[rows] - self.num_prompt[rows],
+            penalties=self._penalties(rows, columns),
+        )
+
+    def _penalties(self, rows: Int32, columns: dict[str, npt.NDArray[Any]]) -> Penalties | None:
+        wanted = (
+            (columns["repetition_penalty"] != 1)
+            | (columns["presence_penalty"] != 0)
+            | (columns["frequency_penalty"] != 0)
+        )
+        if not wanted.any():
+            return None
+        sample = np.flatnonzero(wanted).astype(np.int32)
+        known = self.num_known[rows[sample]]
+        member = np.repeat(np.arange(len(sample)), known)
+        offset = np.arange(len(member)) - np.repeat(np.cumsum(known) - known, known)
+        row = rows[sample][member]
+        return Penalties(
+            sample=sample[member],
+            token=self.token_ids[row, offset],
+            generated=offset >= self.num_prompt[row],
+        )
+
+    def audit(self) -> None:
+        """Check every invariant; AssertionError names the one that does not hold."""
+        rows = self.running
+        assert len(np.unique(rows)) == len(rows), "a row runs twice"
+        assert (self.seq_id[rows] != FREE).all(), "a free row runs"
+        assert (self.num_computed[rows] <= self.num_known[rows]).all(), "computed unknown tokens"
+        assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"
+        free = self.seq_id == FREE
+        assert (self.num_blocks[:, free] == 0).all(), "a free row holds blocks"
+        assert all((s is None) == f for s, f in zip(self.sequences, free, strict=True)), (
+            "a row and its sequence disagree"
+        )
+
+
+def _widened(array: Int32, width: int) -> Int32:
+    have = array.shape[-1]
+    if width <= have:
+        return array
+    grow = max(width, 2 * have) - have
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, grow)])

@@ -1,0 +1,196 @@
+"""The hash chain, and the prefix index against a dict."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pagedkv.core.prefix import PrefixIndex, chain_root, extend_chain
+
+
+def ids(*numbers):
+    return np.array(numbers, np.int32)
+
+
+def chain(tokens, block_size=2, salt=""):
+    hashes = []
+    extend_chain(hashes, ids(*tokens), len(tokens) // block_size, block_size, salt)
+    return hashes
+
+
+class IndexTwins(RuleBasedStateMachine):
+    """A `PrefixIndex` and a dict from digest to blocks do the same."""
+
+    digests = st.integers(0, 150).map(lambda i: i.to_bytes(16, "big"))
+
+    @initialize(num_groups=st.sampled_from([1, 3]))
+    def make(self, num_groups):
+        self.num_blocks = 90 * num_groups  # more entries than the index first has room for
+        self.num_groups = num_groups
+        self.index = PrefixIndex(self.num_blocks, num_groups)
+        self.entries = {}
+
+    def entry_of(self, block):
+        return next((d for d, blocks in self.entries.items() if block in blocks), None)
+
+    @rule(digest=digests, many=st.booleans())
+    def insert(self, digest, many):
+        used = {block for blocks in self.entries.values() for block in blocks}
+        spare = [b for b in range(self.num_blocks) if b not in used]
+        for i in range(80 if many else 1):
+            key = (int.from_bytes(digest, "big") + i).to_bytes(16, "big")
+            blocks, spare = spare[: self.num_groups], spare[self.num_groups :]
+            if len(blocks) == self.num_groups:
+                assert self.index.insert(key, ids(*blocks)) == (key not in self.entries)
+                self.entries.setdefault(key, blocks)
+
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data())
+    def match(self, data):
+        known = st.sampled_from(sorted(self.entries))
+        hashes = data.draw(st.lists(st.one_of(known, self.digests), max_size=6))
+        expected = []
+        for digest in hashes:
+            if digest not in self.entries:
+                break
+            expected.append(self.entries[digest])
+        found = self.index.match(hashes)
+        assert found.shape == (len(expected), self.num_groups)
+        assert found.tolist() == expected
+
+    @rule(data=st.data())
+    def remove(self, data):
+        blocks = data.draw(st.lists(st.integers(0, self.num_blocks - 1), max_size=5))
+        doomed = {self.entry_of(block) for block in blocks} - {None}
+        hashes, freed = self.index.remove(ids(*blocks))
+        assert set(hashes) == doomed
+        assert len(hashes) == len(doomed)
+        assert sorted(freed.tolist()) == sorted(b for d in doomed for b in self.entries.pop(d))
+
+    @rule()
+    def clear(self):
+        blocks = self.index.clear()
+        assert sorted(blocks.tolist()) == sorted(b for bs in self.entries.values() for b in bs)
+        self.entries.clear()
+
+    @invariant()
+    def agree(self):
+        if not hasattr(self, "index"):
+            return
+        used = {block for blocks in self.entries.values() for block in blocks}
+        every = np.arange(self.num_blocks, dtype=np.int32)
+        assert len(self.index) == len(self.entries)
+        assert np.flatnonzero(self.index.findable(every)).tolist() == sorted(used)
+        self.index.audit()
+
+
+TestIndexTwins = IndexTwins.TestCase
+TestIndexTwins.settings = settings(max_examples=25)
+
+
+def test_equal_prefixes_have_equal_chains_and_a_change_reaches_every_later_block():
+    one, other = chain([1, 2, 3, 4, 5, 6]), chain([1, 2, 9, 4, 5, 6])
+    assert chain([1, 2, 3, 4, 5, 6]) == one
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+    assert one[2] != other[2]
+
+
+def test_the_same_block_after_another_parent_is_another_block():
+    assert chain([1, 2, 7, 7])[1] != chain([3, 4, 7, 7])[1]
+
+
+def test_only_full_blocks_are_hashed():
+    assert len(chain([1, 2, 3])) == 1
+    assert chain([1]) == []
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3], [3], [0, 3, 3]])
+def test_a_chain_is_the_same_however_it_is_lengthened(steps):
+    tokens, hashes = ids(*range(6)), []
+    for blocks in steps:
+        extend_chain(hashes, tokens, blocks, 2, "")
+        assert len(hashes) == blocks
+    assert hashes == chain(range(6))
+
+
+def test_a_chain_that_is_long_enough_is_left_alone():
+    hashes = chain(range(6))
+    before = list(hashes)
+    extend_chain(hashes, ids(9, 9), 1, 2, "")
+    assert hashes == before
+
+
+def test_salts_and_block_sizes_share_nothing():
+    roots = {chain_root(salt, size) for salt in ("", "a", "b", "a\0") for size in (1, 2, 256)}
+    assert len(roots) == 12
+    assert not set(chain(range(8), salt="a")) & set(chain(range(8), salt="b"))
+    assert not set(chain([5, 5], 1)) & set(chain([5, 5, 5, 5], 2))
+
+
+def test_a_chain_does_not_depend_on_the_process():
+    """The hashes go into events; another process must find the same."""
+    assert chain([1, 2])[0].hex() == "448f95aec0cb61fc628f3beab912e7d6"
+
+
+def test_the_first_of_equal_contents_wins():
+    index = PrefixIndex(4)
+    assert index.insert(b"x", ids(2))
+    assert not index.insert(b"x", ids(3))
+    assert index.match([b"x"]).tolist() == [[2]]
+    assert index.findable(ids(2, 3)).tolist() == [True, False]
+
+
+def test_reclaiming_the_block_of_one_group_makes_the_entry_unfindable_in_all():
+    index = PrefixIndex(6, num_groups=3)
+    index.insert(b"x", ids(0, 1, 2))
+    index.insert(b"y", ids(3, 4, 5))
+    hashes, blocks = index.remove(ids(4))
+    assert (hashes, blocks.tolist()) == ([b"y"], [3, 4, 5])
+    assert index.match([b"x", b"y"]).tolist() == [[0, 1, 2]]
+
+
+def test_a_match_ends_at_the_first_gap():
+    index = PrefixIndex(4)
+    for block, digest in enumerate([b"a", b"b", b"c"]):
+        index.insert(digest, ids(block))
+    index.remove(ids(1))
+    assert index.match([b"a", b"b", b"c"]).tolist() == [[0]]
+    assert index.match([b"b", b"c"]).shape == (0, 1)
+
+
+def corrupt_stale_entry(index):
+    index.entry_of[3] = index.entry_of[0]
+
+
+def corrupt_lost_entry(index):
+    index._unused.pop()
+
+
+def corrupt_hash(index):
+    index._hashes[int(index.entry_of[0])] = b"other"
+
+
+def corrupt_back_pointer(index):
+    index.entry_of[0] = -1
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "finding"),
+    [
+        (corrupt_stale_entry, "points at an entry that is gone"),
+        (corrupt_lost_entry, "an entry is lost"),
+        (corrupt_hash, "holds another hash"),
+        (corrupt_back_pointer, "not its blocks' own"),
+    ],
+)
+def test_the_audit_finds(auditor, corrupt, finding):
+    index = PrefixIndex(4)
+    index.insert(b"x", ids(0))
+    index.insert(b"y", ids(1))
+    index.audit()
+    corrupt(index)
+    with pytest.raises(AssertionError, match=finding):
+        index.audit()
+    auditor.excuse(index)
