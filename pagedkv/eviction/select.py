@@ -1,0 +1,112 @@
+"""Which blocks go: protect some, rank the others, drop the lowest."""
+
+import numpy as np
+
+from pagedkv.eviction.budgets import block_limit, num_evictions, recent_tokens
+from pagedkv.eviction.observe import rank
+from pagedkv.eviction.policy import Policy
+from pagedkv.eviction.view import Bool, Float32, Int, View
+
+__all__ = ["ADA_FLOOR", "choose", "protect", "select", "survivors"]
+
+ADA_FLOOR = 0.2
+"""The part of its even share that every head keeps when heads compete (AdaKV, Feng et al. 2024)."""
+
+
+def protect(policy: Policy, view: View) -> Bool:
+    """Return the entries that must stay: [N, W].
+
+    The first ``ceil(sinks / block_size)`` entries, every entry that holds one of the last
+    ``recent`` tokens, and the tail, if it is not full.
+    """
+    sinks = -(-policy.sinks // view.block_size)
+    begin = (view.num_resident - recent_tokens(policy, view)) // view.block_size
+    stays = np.minimum(begin, view.num_sealed)[:, None]
+    kept: Bool = (view.entry < sinks) | (view.entry >= stays)
+    return kept
+
+
+def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:
+    """Return the candidates to evict: [N, W], the lowest first, of equals the oldest.
+
+    A rank that is no finite number counts as the lowest of all: a poisoned block is the first to
+    go, and takes the poison with it.
+
+    Args:
+        ranks: [N, W] fp32.
+        candidates: [N, W] Entries that may go; the others' ranks are not looked at.
+        num_evict: [N] How many to take of each table; all candidates if it has fewer.
+    """
+    evict = np.zeros(candidates.shape, np.bool_)
+    due = np.flatnonzero(num_evict > 0)
+    if not len(due):
+        return evict
+    keys, open_ = ranks[due], candidates[due]
+    keys[~np.isfinite(keys)] = -np.inf
+    keys[~open_] = np.inf
+    count = num_evict[due]
+    if count.max() == 1:  # what decode asks for: the first of the lowest, without sorting
+        lowest = np.zeros_like(open_)
+        lowest[np.arange(len(due)), keys.argmin(axis=1)] = True
+    else:
+        order = np.argsort(keys, axis=1, kind="stable")
+        lowest = np.zeros_like(open_)
+        np.put_along_axis(lowest, order, np.arange(keys.shape[1]) < count[:, None], axis=1)
+    evict[due] = lowest & open_
+    return evict
+
+
+def select(policy: Policy, view: View) -> Bool:
+    """Return which entries stay after a round: [N, W]; entries not in use are False.
+
+    Afterwards a table holds at most ``ceil(budget / block_size)`` sealed blocks (in a pyramid its
+    layer's share; with ``ada`` the heads of a layer hold that many on average), unless protection
+    demands more. Pure, and the same for a table whatever others stand in the view, ``ada`` apart,
+    where the heads of a layer belong together.
+    """
+    stays = protect(policy, view)
+    used = view.entry < -(-view.num_resident // view.block_size)[:, None]
+    if not policy.evicts:
+        return used
+    candidates = used & ~stays
+    ranks = rank(policy, view)
+    count = num_evictions(policy, view, candidates, ranks)
+    if policy.spread == "ada" and view.heads > 1:
+        gone = _choose_jointly(policy, view, ranks, candidates, count)
+    else:
+        gone = choose(ranks, candidates, count)
+    return used & ~gone
+
+
+def _choose_jointly(
+    policy: Policy, view: View, ranks: Float32, candidates: Bool, count: Int
+) -> Bool:
+    """Let the heads of a layer give up together what each would have alone: [N, W].
+
+    A head never falls below ``ADA_FLOOR`` of its even share, so that one with little mass keeps
+    some context.
+    """
+    limit = np.minimum(block_limit(policy, view), view.num_sealed)
+    floor = np.ceil(limit * ADA_FLOOR).astype(np.int64)
+    lowest = choose(ranks, candidates, np.maximum(view.num_sealed - floor, 0))
+    layers, heads, (tables, width) = view.layers, view.heads, ranks.shape
+    rows = tables // (layers * heads)
+    # The heads of a layer side by side, entry after entry: of equals, the oldest entry first.
+    shape, order = (layers, heads, rows, width), (0, 2, 3, 1)
+    joint = (layers * rows, width * heads)
+    gone = choose(
+        ranks.reshape(shape).transpose(order).reshape(joint),
+        lowest.reshape(shape).transpose(order).reshape(joint),
+        count.reshape(shape[:3]).sum(axis=1).ravel(),
+    )
+    apart = gone.reshape(layers, rows, width, heads).transpose(0, 3, 1, 2)
+    return apart.reshape(tables, width)
+
+
+def survivors(keep: Bool) -> tuple[Int, Int]:
+    """Return how to gather what stays: order [N, W] and how many entries [N].
+
+    ``np.take_along_axis(column, order, axis=1)`` moves the survivors to the front in their order;
+    what follows them is left over.
+    """
+    return np.argsort(~keep, axis=1, kind="stable"), keep.sum(axis=1)
