@@ -1,0 +1,1 @@
+"""Moves tensors: the only part of pagedkv that may import torch."""

@@ -1,0 +1,187 @@
+"""From steps to outputs: gathers each request's text, log-probabilities and ends."""
+
+from typing import Any
+
+import numpy as np
+
+from pagedkv.core.plan import StepOutput, StepPlan, StepResult
+from pagedkv.core.request import FinishedSequence, Request
+from pagedkv.device.outputs import CompletionOutput, Logprob, RequestOutput
+from pagedkv.device.text import TextStream
+
+__all__ = ["OutputCollector"]
+
+
+class _Tracked:
+    """A request in work: what has been gathered of each of its sequences, by index."""
+
+    def __init__(self, request: Request, prompt: str | None, seq_ids: list[int]) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.seq_ids = seq_ids
+        self.completions: list[CompletionOutput | None] = [None] * len(seq_ids)
+        self.num_cached_tokens = 0
+
+
+class _Watched:
+    """A sequence whose every token is looked at, because text or log-probabilities need it."""
+
+    def __init__(self, tracked: _Tracked, index: int, text: TextStream) -> None:
+        self.tracked = tracked
+        self.index = index
+        self.text = text
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] = []
+
+
+class OutputCollector:
+    """Turns the outputs of steps into the outputs of requests.
+
+    Only sequences that stream, have stop strings or want log-probabilities cost anything per
+    token; the text of all others is decoded once, at their end.
+
+    Args:
+        tokenizer: The model's; None leaves every text empty.
+        hidden: Ids that are not shown, beside the tokenizer's special tokens.
+    """
+
+    def __init__(self, tokenizer: Any, hidden: tuple[int, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+        self._requests: dict[str, _Tracked] = {}
+        self._watched: dict[int, _Watched] = {}
+
+    def track(
+        self, request: Request, prompt: str | None, seq_ids: list[int], *, streams: bool = False
+    ) -> None:
+        """Begin to gather a request's outputs.
+
+        Args:
+            streams: Whether `snapshots` will be asked for it.
+        """
+        tracked = self._requests[request.request_id] = _Tracked(request, prompt, seq_ids)
+        params = request.sampling
+        if streams or params.stop or params.logprobs is not None:
+            for index, seq_id in enumerate(seq_ids):
+                text = TextStream(self._tokenizer, params.stop, hidden=self._hidden)
+                self._watched[seq_id] = _Watched(tracked, index, text)
+
+    def observe(
+        self, plan: StepPlan, result: StepResult, output: StepOutput
+    ) -> list[tuple[int, str]]:
+        """Take in a step's tokens for the sequences that are watched.
+
+        Returns:
+            The sequences whose text now holds a stop string, and the string.
+        """
+        if not self._watched:
+            return []
+        seen = np.isin(output.seq_ids, np.fromiter(self._watched, np.int64, len(self._watched)))
+        stops = []
+        for i in np.flatnonzero(seen).tolist():
+            seq_id, token = int(output.seq_ids[i]), int(output.token_ids[i])
+            watched = self._watched[seq_id]
+            watched.token_ids.append(token)
+            watched.text.push([token])
+            sample = int(output.sample[i])
+            if plan.sampling.num_logprobs[sample] >= 0:
+                wanted = int(plan.sampling.num_logprobs[sample])
+                watched.logprobs.append(_logprobs(result, sample, token, wanted))
+            if watched.text.stopped is not None:
+                stops.append((seq_id, watched.text.stopped))
+        return stops
+
+    def finish(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
+        """Take in sequences that ended; return the requests that are complete with them."""
+        complete = []
+        for end in finished:
+            tracked = self._requests[end.request_id]
+            tracked.completions[end.index] = self._completion(end)
+            tracked.num_cached_tokens = max(tracked.num_cached_tokens, end.num_cached_tokens)
+            if None not in tracked.completions:
+                del self._requests[end.request_id]
+                complete.append(self._output(tracked))
+        return complete
+
+    def _completion(self, end: FinishedSequence) -> CompletionOutput:
+        watched = self._watched.pop(end.seq_id, None)
+        reason, stop_reason, logprobs = end.finish_reason, end.stop_reason, None
+        if watched is None:
+            text = self._decode(end.token_ids)
+        else:
+            watched.text.finish()
+            text = watched.text.text
+            if watched.text.stopped is not None:  # it may have met its length at the same token
+                reason, stop_reason = "stop", watched.text.stopped
+            if watched.tracked.request.sampling.logprobs is not None:
+                logprobs = watched.logprobs
+        return CompletionOutput(
+            index=end.index,
+            text=text,
+            token_ids=end.token_ids,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            logprobs=logprobs,
+            error=end.error,
+            num_preemptions=end.num_preemptions,
+            num_evicted_tokens=end.num_evicted_tokens,
+            forfeited_mass=end.forfeited_mass,
+        )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        shown = [token for token in token_ids if token not in self._hidden]
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=True)
+        return text
+
+    def snapshots(self, output: StepOutput) -> list[RequestOutput]:
+        """Return the requests that a step gave tokens to and that have not finished, as they are.
+
+        Only for requests tracked with ``streams``.
+        """
+        touched: dict[str, _Tracked] = {}
+        for seq_id in output.seq_ids.tolist():
+            if seq_id in self._watched:
+                tracked = self._watched[seq_id].tracked
+                touched[tracked.request.request_id] = tracked
+        return [self._output(tracked) for tracked in touched.values()]
+
+    def _output(self, tracked: _Tracked) -> RequestOutput:
+        outputs = [
+            self._partial(tracked, index) if done is None else done
+            for index, done in enumerate(tracked.completions)
+        ]
+        return RequestOutput(
+            request_id=tracked.request.request_id,
+            prompt=tracked.prompt,
+            prompt_token_ids=list(map(int, tracked.request.prompt_token_ids)),
+            outputs=outputs,
+            num_cached_tokens=tracked.num_cached_tokens,
+            finished=None not in tracked.completions,
+        )
+
+    def _partial(self, tracked: _Tracked, index: int) -> CompletionOutput:
+        watched = self._watched[tracked.seq_ids[index]]
+        return CompletionOutput(
+            index=index,
+            text=watched.text.text,
+            token_ids=watched.token_ids.copy(),
+            logprobs=watched.logprobs.copy() or None,
+        )
+
+
+def _logprobs(result: StepResult, sample: int, token: int, wanted: int) -> dict[int, Logprob]:
+    """Return the drawn token's entry, then those of the ``wanted`` likeliest."""
+    assert result.logprobs is not None
+    own = float(result.logprobs[sample])
+    entries = {token: Logprob(logprob=own)}
+    if wanted and result.top_ids is not None and result.top_logprobs is not None:
+        pairs = zip(
+            result.top_ids[sample, :wanted].tolist(),
+            result.top_logprobs[sample, :wanted].tolist(),
+            strict=True,
+        )
+        for rank, (top, logprob) in enumerate(pairs, 1):
+            entries[top] = Logprob(logprob=logprob, rank=rank)
+    return entries

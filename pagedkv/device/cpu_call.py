@@ -1,0 +1,98 @@
+"""One call of the CPU kernel: torch tensors in, a record of addresses out, run."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import cpu_layout as at
+from .cpu_kernel import launch
+from .cpu_work import Shape, Work, cut
+
+__all__ = ["run"]
+
+_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_LOG2_E = 1.0 / math.log(2.0)
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def run(
+    batch: Any,
+    prepared: dict[Any, Any],
+    inputs: Tensors,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    scale: float,
+) -> None:
+    """Fill the outputs.
+
+    Args:
+        batch: The bias as `operators._Batch`.
+        prepared: Where the cut of this batch is remembered for the step's further layers.
+        inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] (H of stride 0 if shared).
+        outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
+        scale: Of the scores.
+    """
+    query, key, value = inputs
+    out, lse, block_lse = outputs
+    _, tokens, groups, heads, dim = query.shape
+    shared = heads == 1 or (key.stride(3) == 0 and value.stride(3) == 0)
+    kv_heads, group = (groups, heads) if shared else (groups * heads, 1)
+    work = _work(batch, prepared, kv_heads, group, dim)
+    threads = torch.get_num_threads()
+    memory = work.memory(threads)
+    start = -(-memory.ctypes.data // 64) * 64
+    head_step = heads if shared else 1
+    offsets = [_head_offsets(query, 1), *(_head_offsets(x, head_step) for x in (key, value))]
+
+    params = np.zeros(at.NUM_PARAMS, np.int64)
+    params[at.ITEMS : at.QUERY] = (
+        work.items.ctypes.data,
+        len(work.items),
+        start,
+        work.scratch_bytes,
+        start + threads * work.scratch_bytes,
+        work.arrived.ctypes.data,
+    )
+    params[at.QUERY : at.SCALE] = (
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if block_lse is None else block_lse.data_ptr(),
+        batch.table.ctypes.data,
+        batch.slot_base.ctypes.data,
+        *(x.ctypes.data for x in offsets),
+        *(x.stride(1) * x.element_size() for x in inputs),
+        tokens,
+        kv_heads,
+        group,
+        dim,
+        batch.block_size,
+        batch.table.shape[1],
+        batch.window,
+        int(batch.causal),
+    )
+    params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
+    launch(_KINDS[query.dtype], params, threads)
+
+
+def _head_offsets(x: torch.Tensor, step: int) -> npt.NDArray[np.int64]:
+    """Byte offset of every `step`-th of the G * H heads."""
+    _, _, groups, heads, _ = x.shape
+    g = np.arange(groups)[:, None] * x.stride(2)
+    flat: npt.NDArray[np.int64] = (g + np.arange(heads) * x.stride(3)).ravel()[::step]
+    return np.ascontiguousarray(flat * x.element_size(), np.int64)
+
+
+def _work(batch: Any, prepared: dict[Any, Any], kv_heads: int, group: int, dim: int) -> Work:
+    key = (kv_heads, group, dim)
+    if key not in prepared:
+        width = batch.table.shape[1]
+        shape = Shape(*key, batch.block_size, width, batch.window, batch.causal)
+        prepared[key] = cut(batch.query_start, batch.resident, batch.first_limit, shape)
+    work: Work = prepared[key]
+    return work

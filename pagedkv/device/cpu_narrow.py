@@ -1,0 +1,346 @@
+"""The narrow form of the CPU kernel, for decode: one query row at a time.
+
+Lanes run over the head size for scores and values, and over keys for the softmax. All KV heads of
+a block are read together, so memory is walked once and in order; a group's query rows find the
+key row in cache.
+
+Decode is bound by memory. The arithmetic between two rows is longer than what the processor looks
+ahead, so its own prefetching leaves the memory idle: rows are asked for AHEAD keys before they are
+used, across the end of the tile, which is why the addresses of two tiles are at hand.
+"""
+
+import numpy as np
+
+from .cpu_block_lse import narrow_blocks
+from .cpu_layout import (
+    BLOCK_LSE,
+    BLOCK_SIZE,
+    FIRST_QUERY,
+    GROUP,
+    HEAD_DIM,
+    HEAD_HIGH,
+    HEAD_LOW,
+    KEY,
+    KEY_HIGH,
+    KEY_LOW,
+    KEY_OFFSET,
+    KV_HEADS,
+    NEVER,
+    NUM_QUERIES,
+    QUERY,
+    QUERY_OFFSET,
+    QUERY_STRIDE,
+    SCALE,
+    TILE,
+    VALUE,
+    VALUE_OFFSET,
+    WIDTH,
+    WINDOW,
+    addresses,
+    pad,
+    visible,
+)
+from .simd import (
+    LANES,
+    Address,
+    Number,
+    Sample,
+    add,
+    exp2,
+    fma,
+    get,
+    highest,
+    kernel,
+    lane0,
+    load,
+    load_n,
+    maximum,
+    mul,
+    prefetch,
+    put,
+    put_totals4,
+    scalar,
+    splat,
+    store,
+    sub,
+    total,
+    width,
+)
+
+AHEAD = 8  # keys between the rows asked for and the rows in use
+
+
+@kernel
+def _ask(rows: tuple[Address, ...], size: int) -> None:
+    """Prefetch four rows of `size` bytes."""
+    a, b, c, d = rows
+    for i in range(0, size, 64):
+        prefetch(a + i)
+        prefetch(b + i)
+        prefetch(c + i)
+        prefetch(d + i)
+
+
+@kernel
+def _dots(
+    sample: Sample, rows: tuple[Address, ...], query: Address, dim: int, scores: Address
+) -> None:
+    """Write query . key for the four keys at `rows`."""
+    a, b, c, d = rows
+    whole = dim // LANES * LANES
+    step = width(sample)
+    w = splat(np.float32(0))
+    x, y, z = w, w, w
+    for i in range(0, whole, LANES):
+        q = load(np.float32(0), query + 4 * i)
+        w = fma(q, load(sample, a + i * step), w)
+        x = fma(q, load(sample, b + i * step), x)
+        y = fma(q, load(sample, c + i * step), y)
+        z = fma(q, load(sample, d + i * step), z)
+    if whole < dim:
+        q = load(np.float32(0), query + 4 * whole)
+        w = fma(q, load_n(sample, a + whole * step, dim - whole), w)
+        x = fma(q, load_n(sample, b + whole * step, dim - whole), x)
+        y = fma(q, load_n(sample, c + whole * step, dim - whole), y)
+        z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
+    put_totals4(scores, w, x, y, z)
+
+
+@kernel
+def _narrow_scores(
+    sample: Sample,
+    params: Address,
+    key_at: Address,
+    low: int,
+    high: int,
+    heads: tuple[int, int],
+    query: Address,
+    scores: Address,
+) -> None:
+    """scores[row, j] = query[row] . key[j] for low <= j < high (whole fours are computed)."""
+    dim = get(params, HEAD_DIM)
+    dims = 4 * pad(dim, LANES)
+    group = get(params, GROUP)
+    key = get(params, KEY)
+    offsets = get(params, KEY_OFFSET)
+    for j in range(low // 4 * 4, high, 4):
+        a, b = key + get(key_at, j), key + get(key_at, j + 1)
+        c, d = key + get(key_at, j + 2), key + get(key_at, j + 3)
+        e, f = key + get(key_at, j + AHEAD), key + get(key_at, j + AHEAD + 1)
+        g, h = key + get(key_at, j + AHEAD + 2), key + get(key_at, j + AHEAD + 3)
+        q = query
+        to = scores + 4 * j
+        for head in range(heads[0], heads[1]):
+            offset = get(offsets, head)
+            rows = (a + offset, b + offset, c + offset, d + offset)
+            _ask((e + offset, f + offset, g + offset, h + offset), dim * width(sample))
+            for _ in range(group):
+                _dots(sample, rows, q, dim, to)
+                q += dims
+                to += 4 * TILE
+
+
+@kernel
+def _add_rows(
+    sample: Sample, rows: tuple[Address, ...], weights: Address, dim: int, acc: Address
+) -> None:
+    """acc += weights[0:4] . the four value rows."""
+    f32 = np.float32(0)
+    a, b, c, d = rows
+    step = width(sample)
+    p, q = splat(scalar(f32, weights)), splat(scalar(f32, weights + 4))
+    r, s = splat(scalar(f32, weights + 8)), splat(scalar(f32, weights + 12))
+    i = 0
+    while i + LANES <= dim:
+        at = i * step
+        x = fma(p, load(sample, a + at), load(f32, acc + 4 * i))
+        x = fma(q, load(sample, b + at), x)
+        x = fma(r, load(sample, c + at), x)
+        store(acc + 4 * i, fma(s, load(sample, d + at), x))
+        i += LANES
+    if i < dim:
+        at = i * step
+        x = fma(p, load_n(sample, a + at, dim - i), load(f32, acc + 4 * i))
+        x = fma(q, load_n(sample, b + at, dim - i), x)
+        x = fma(r, load_n(sample, c + at, dim - i), x)
+        store(acc + 4 * i, fma(s, load_n(sample, d + at, dim - i), x))
+
+
+@kernel
+def _narrow_values(
+    sample: Sample,
+    params: Address,
+    value_at: Address,
+    low: int,
+    high: int,
+    heads: tuple[int, int],
+    weights: Address,
+    acc: Address,
+) -> None:
+    """acc[row] += sum_j weights[row, j] * value[j]."""
+    dim = get(params, HEAD_DIM)
+    dims = 4 * pad(dim, LANES)
+    group = get(params, GROUP)
+    value = get(params, VALUE)
+    offsets = get(params, VALUE_OFFSET)
+    for j in range(low // 4 * 4, high, 4):
+        a, b = value + get(value_at, j), value + get(value_at, j + 1)
+        c, d = value + get(value_at, j + 2), value + get(value_at, j + 3)
+        e, f = value + get(value_at, j + AHEAD), value + get(value_at, j + AHEAD + 1)
+        g, h = value + get(value_at, j + AHEAD + 2), value + get(value_at, j + AHEAD + 3)
+        at = weights + 4 * j
+        to = acc
+        for head in range(heads[0], heads[1]):
+            offset = get(offsets, head)
+            rows = (a + offset, b + offset, c + offset, d + offset)
+            _ask((e + offset, f + offset, g + offset, h + offset), dim * width(sample))
+            for _ in range(group):
+                _add_rows(sample, rows, at, dim, to)
+                at += 4 * TILE
+                to += dims
+
+
+@kernel
+def _narrow_softmax(
+    scores: Address,
+    weights: Address,
+    low: int,
+    high: int,
+    state: Address,
+    rows: int,
+    acc: Address,
+    dims: int,
+) -> Number:
+    """Scores -> weights against the new running maximum, which is returned; rescales acc."""
+    f32 = np.float32(0)
+    begin = low // LANES * LANES
+    for j in range(begin, low):
+        put(scores + 4 * j, np.float32(-np.inf))
+    for j in range(high, pad(high, LANES)):
+        put(scores + 4 * j, np.float32(-np.inf))
+    tops = load(f32, scores + 4 * begin)
+    for j in range(begin + LANES, high, LANES):
+        tops = maximum(tops, load(f32, scores + 4 * j))
+    old = scalar(f32, state)
+    top = max(old, highest(tops))
+    shift = splat(top)
+    sums = splat(f32)
+    for j in range(begin, high, LANES):
+        p = exp2(sub(load(f32, scores + 4 * j), shift))
+        store(weights + 4 * j, p)
+        sums = add(sums, p)
+    mass = state + 4 * rows
+    before = scalar(f32, mass)
+    if top > old:
+        decay = exp2(splat(old - top))
+        before *= lane0(decay)
+        for i in range(0, dims, LANES):
+            store(acc + 4 * i, mul(load(f32, acc + 4 * i), decay))
+        put(state, np.float32(top))
+    put(mass, np.float32(before + total(sums)))
+    return top
+
+
+@kernel
+def _load_queries(
+    sample: Sample, params: Address, item: Address, query: Address, dims: Address
+) -> None:
+    """Scaled fp32 query rows, ordered (query, KV head, head in group)."""
+    dim = get(params, HEAD_DIM)
+    group = get(params, GROUP)
+    scale = scalar(np.float32(0), params + 8 * SCALE)
+    row = query
+    for i in range(get(item, NUM_QUERIES)):
+        token = get(params, QUERY) + (get(item, FIRST_QUERY) + i) * get(params, QUERY_STRIDE)
+        for head in range(get(item, HEAD_LOW), get(item, HEAD_HIGH)):
+            for g in range(group):
+                at = token + get(get(params, QUERY_OFFSET), head * group + g)
+                for d in range(dim):
+                    put(row + 4 * d, scalar(sample, at + d * width(sample)) * scale)
+                for d in range(dim, dims):
+                    put(row + 4 * d, np.float32(0))
+                row += 4 * dims
+
+
+@kernel
+def _narrow_tile(
+    sample: Sample,
+    params: Address,
+    item: Address,
+    first: int,
+    count: int,
+    rows: int,
+    places: tuple[Address, ...],
+) -> None:
+    """One tile of keys against every query row."""
+    query, acc, state, scores, weights, sums, key_at, value_at = places
+    dims = pad(get(params, HEAD_DIM), LANES)
+    window = get(params, WINDOW)
+    queries = get(item, NUM_QUERIES)
+    heads = (get(item, HEAD_LOW), get(item, HEAD_HIGH))
+    each = rows // queries  # rows are ordered (query, KV head, head in group)
+    entries = get(params, BLOCK_LSE)
+    for i in range(queries):
+        limit = visible(params, item, i)
+        high = min(count, limit - first)
+        low = max(0, limit - window - first) if window > 0 else 0
+        if low < high:
+            row = i * each
+            q = query + 4 * dims * row
+            _narrow_scores(sample, params, key_at, low, high, heads, q, scores)
+            line = (get(item, FIRST_QUERY) + i) * get(params, KV_HEADS) * get(params, GROUP)
+            line += heads[0] * get(params, GROUP)
+            size = get(params, BLOCK_SIZE)
+            blocks = ((first + low) // size, (first + high - 1) // size + 1)
+            for r in range(each):
+                s, w = scores + 4 * TILE * r, weights + 4 * TILE * r
+                at = acc + 4 * dims * (row + r)
+                top = _narrow_softmax(s, w, low, high, state + 4 * (row + r), rows, at, dims)
+                if entries != 0:
+                    out = entries + 4 * get(params, WIDTH) * (line + r)
+                    narrow_blocks(params, out, first, (low, high), blocks, top, s, w, sums)
+            at = acc + 4 * dims * row
+            _narrow_values(sample, params, value_at, low, high, heads, weights, at)
+
+
+@kernel
+def run_narrow(
+    sample: Sample, params: Address, item: Address, scratch: Address
+) -> tuple[Address, Address, Address]:
+    """Run an item; returns the addresses of its accumulator rows, maxima and sums."""
+    dims = pad(get(params, HEAD_DIM), LANES)
+    heads = get(item, HEAD_HIGH) - get(item, HEAD_LOW)
+    rows = heads * get(item, NUM_QUERIES) * get(params, GROUP)
+    each = heads * get(params, GROUP)
+    query = scratch
+    acc = query + 4 * dims * rows
+    state = acc + 4 * dims * rows
+    scores = state + 8 * pad(rows, 16)
+    weights = scores + 4 * TILE * each
+    sums = weights + 4 * TILE * each
+    key_at = sums + 4 * TILE * 4
+    value_at = key_at + 16 * TILE
+    _load_queries(sample, params, item, query, dims)
+    for j in range(0, dims * rows, LANES):
+        store(acc + 4 * j, splat(np.float32(0)))
+    for row in range(rows):
+        put(state + 4 * row, np.float32(NEVER))
+        put(state + 4 * (rows + row), np.float32(0))
+    size = get(params, BLOCK_SIZE)
+    tile = TILE // size * size if size <= TILE else TILE
+    places = (query, acc, state, scores, weights, sums, key_at, value_at)
+    low, high = get(item, KEY_LOW), get(item, KEY_HIGH)
+    tail = 8 * TILE  # bytes from this tile's addresses to the next tile's
+    soon = min(tile, high - low)
+    if soon > 0:
+        addresses(params, item, low, soon, key_at + tail, value_at + tail)
+    for first in range(low, high, tile):
+        count = soon
+        for j in range(0, tail, 8):
+            put(key_at + j, get(key_at + tail + j, 0))
+            put(value_at + j, get(value_at + tail + j, 0))
+        soon = min(tile, high - first - tile)
+        if soon > 0:
+            addresses(params, item, first + tile, soon, key_at + tail, value_at + tail)
+        _narrow_tile(sample, params, item, first, count, rows, places)
+    return acc, state, state + 4 * rows

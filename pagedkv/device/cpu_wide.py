@@ -1,0 +1,339 @@
+"""The wide form of the CPU kernel, for prefill: lanes run over query rows.
+
+A tile of keys and values is widened to fp32 scratch once and serves every query row of the item.
+Scores are kept as [key, row], accumulators as [head size, row]: the softmax runs down columns and
+never sums across lanes, and both products broadcast one number against vectors of rows.
+"""
+
+import numpy as np
+
+from .cpu_block_lse import wide_blocks
+from .cpu_layout import (
+    BLOCK_LSE,
+    BLOCK_SIZE,
+    FIRST_QUERY,
+    GROUP,
+    HEAD_DIM,
+    HEAD_LOW,
+    KEY,
+    KEY_HIGH,
+    KEY_LOW,
+    KEY_OFFSET,
+    KV_HEADS,
+    NEVER,
+    NUM_QUERIES,
+    QUERY,
+    QUERY_OFFSET,
+    QUERY_STRIDE,
+    ROWS,
+    SCALE,
+    TILE,
+    VALUE,
+    VALUE_OFFSET,
+    WIDTH,
+    WINDOW,
+    addresses,
+    pad,
+    visible,
+)
+from .simd import (
+    LANES,
+    Address,
+    Sample,
+    Vector,
+    add,
+    exp2,
+    fma,
+    get,
+    kernel,
+    load,
+    load_n,
+    maximum,
+    mul,
+    put,
+    scalar,
+    select_less,
+    splat,
+    store,
+    sub,
+    width,
+)
+
+
+@kernel
+def _load_rows(
+    sample: Sample,
+    params: Address,
+    item: Address,
+    rows: int,
+    query: Address,
+    state: Address,
+    see: Address,
+) -> None:
+    """Queries transposed to [head size, row], empty states, and the range of keys each row sees.
+
+    Rows that only fill up a vector see every key with a query of zero, so that nothing they hold
+    is ever infinite; their results are not read.
+    """
+    dim = get(params, HEAD_DIM)
+    group = get(params, GROUP)
+    head = get(item, HEAD_LOW)
+    count = get(item, NUM_QUERIES) * group
+    window = get(params, WINDOW)
+    scale = scalar(np.float32(0), params + 8 * SCALE)
+    for row in range(rows):
+        put(state + 4 * row, np.float32(NEVER))
+        put(state + 4 * (rows + row), np.float32(0))
+        put(see + 4 * row, np.float32(-1))
+        put(see + 4 * (rows + row), np.float32(-NEVER))
+        i = row // group
+        if row < count:
+            limit = visible(params, item, i)
+            put(see + 4 * row, np.float32(limit - window if window > 0 else 0))
+            put(see + 4 * (rows + row), np.float32(limit))
+        at = get(params, QUERY) + (get(item, FIRST_QUERY) + i) * get(params, QUERY_STRIDE)
+        at += get(get(params, QUERY_OFFSET), head * group + row % group)
+        for d in range(dim):
+            x = scalar(sample, at + d * width(sample)) * scale if row < count else np.float32(0)
+            put(query + 4 * (d * rows + row), np.float32(x))
+
+
+@kernel
+def _widen(
+    sample: Sample,
+    source: Address,
+    places: Address,
+    count: int,
+    dim: int,
+    target: Address,
+) -> None:
+    """Copy `count` rows to fp32 rows of padded length; zero rows up to the next four."""
+    dims = pad(dim, LANES)
+    for j in range(count):
+        at = source + get(places, j)
+        to = target + 4 * dims * j
+        for i in range(0, dim, LANES):
+            if i + LANES <= dim:
+                store(to + 4 * i, load(sample, at + i * width(sample)))
+            else:
+                store(to + 4 * i, load_n(sample, at + i * width(sample), dim - i))
+    for i in range(count * dims, pad(count, 4) * dims, LANES):
+        store(target + 4 * i, splat(np.float32(0)))
+
+
+@kernel
+def _wide_scores(
+    keys: Address, count: int, dim: int, query: Address, rows: int, scores: Address
+) -> None:
+    """scores[j, :] = keys[j] . query[:, row : row + ROWS], four keys at a time."""
+    f32 = np.float32(0)
+    stride = 4 * pad(dim, LANES)
+    for j in range(0, count, 4):
+        at = keys + stride * j
+        q = query
+        a0 = splat(f32)
+        a1, b0, b1, c0, c1, d0, d1 = a0, a0, a0, a0, a0, a0, a0
+        for _ in range(dim):
+            q0 = load(f32, q)
+            q1 = load(f32, q + 4 * LANES)
+            a = splat(scalar(f32, at))
+            b = splat(scalar(f32, at + stride))
+            c = splat(scalar(f32, at + 2 * stride))
+            d = splat(scalar(f32, at + 3 * stride))
+            a0, a1 = fma(a, q0, a0), fma(a, q1, a1)
+            b0, b1 = fma(b, q0, b0), fma(b, q1, b1)
+            c0, c1 = fma(c, q0, c0), fma(c, q1, c1)
+            d0, d1 = fma(d, q0, d0), fma(d, q1, d1)
+            q += 4 * rows
+            at += 4
+        to = scores + 4 * ROWS * j
+        store(to, a0)
+        store(to + 4 * LANES, a1)
+        store(to + 8 * LANES, b0)
+        store(to + 12 * LANES, b1)
+        store(to + 16 * LANES, c0)
+        store(to + 20 * LANES, c1)
+        store(to + 24 * LANES, d0)
+        store(to + 28 * LANES, d1)
+
+
+@kernel
+def _wide_values(
+    values: Address,
+    count: int,
+    dim: int,
+    weights: Address,
+    alpha0: Vector,
+    alpha1: Vector,
+    acc: Address,
+    rows: int,
+) -> None:
+    """acc[d, :] = acc[d, :] * alpha + sum_j values[j, d] * weights[j, :], four d at a time."""
+    f32 = np.float32(0)
+    stride = 4 * pad(dim, LANES)
+    for i in range(0, dim, 4):
+        to = acc + 4 * rows * i
+        a0, a1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
+        to += 4 * rows
+        b0, b1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
+        to += 4 * rows
+        c0, c1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
+        to += 4 * rows
+        d0, d1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
+        at = values + 4 * i
+        p = weights
+        for _ in range(count):
+            p0 = load(f32, p)
+            p1 = load(f32, p + 4 * LANES)
+            a = splat(scalar(f32, at))
+            b = splat(scalar(f32, at + 4))
+            c = splat(scalar(f32, at + 8))
+            d = splat(scalar(f32, at + 12))
+            a0, a1 = fma(a, p0, a0), fma(a, p1, a1)
+            b0, b1 = fma(b, p0, b0), fma(b, p1, b1)
+            c0, c1 = fma(c, p0, c0), fma(c, p1, c1)
+            d0, d1 = fma(d, p0, d0), fma(d, p1, d1)
+            at += stride
+            p += 4 * ROWS
+        store(to, d0)
+        store(to + 4 * LANES, d1)
+        to -= 4 * rows
+        store(to, c0)
+        store(to + 4 * LANES, c1)
+        to -= 4 * rows
+        store(to, b0)
+        store(to + 4 * LANES, b1)
+        to -= 4 * rows
+        store(to, a0)
+        store(to + 4 * LANES, a1)
+
+
+@kernel
+def _mask(scores: Address, first: int, count: int, see: Address, rows: int) -> None:
+    """Set the scores of keys that a row may not see to minus infinity."""
+    f32 = np.float32(0)
+    never = splat(np.float32(-np.inf))
+    for half in range(0, ROWS, LANES):
+        low = load(f32, see + 4 * half)
+        high = load(f32, see + 4 * (rows + half))
+        for j in range(count):
+            at = scores + 4 * (ROWS * j + half)
+            key = splat(np.float32(first + j))
+            s = select_less(key, high, load(f32, at), never)
+            store(at, select_less(key, low, never, s))
+
+
+@kernel
+def _wide_softmax(
+    scores: Address, count: int, weights: Address, state: Address, rows: int
+) -> tuple[Vector, Vector]:
+    """Scores -> weights of one vector of rows; returns (alpha, maximum), both vectors."""
+    f32 = np.float32(0)
+    top = load(f32, scores)
+    for j in range(1, count):
+        top = maximum(top, load(f32, scores + 4 * ROWS * j))
+    old = load(f32, state)
+    top = maximum(old, top)
+    alpha = exp2(sub(old, top))
+    sums = mul(load(f32, state + 4 * rows), alpha)
+    for j in range(count):
+        p = exp2(sub(load(f32, scores + 4 * ROWS * j), top))
+        store(weights + 4 * ROWS * j, p)
+        sums = add(sums, p)
+    store(state, top)
+    store(state + 4 * rows, sums)
+    return alpha, top
+
+
+@kernel
+def _load_lines(params: Address, item: Address, rows: int, lines: Address) -> None:
+    """Where each row's block lse begins; 0 for rows that only fill up a vector."""
+    group = get(params, GROUP)
+    heads = get(params, KV_HEADS) * group
+    for row in range(rows):
+        token = get(item, FIRST_QUERY) + row // group
+        line = token * heads + get(item, HEAD_LOW) * group + row % group
+        at = get(params, BLOCK_LSE) + 4 * get(params, WIDTH) * line
+        put(lines + 8 * row, at if row < get(item, NUM_QUERIES) * group else 0)
+
+
+@kernel
+def _wide_tile(
+    params: Address, item: Address, first: int, count: int, rows: int, places: tuple[Address, ...]
+) -> None:
+    """One widened tile of keys and values against every query row."""
+    query, acc, state, see, keys, values, scores, lines = places
+    dim = get(params, HEAD_DIM)
+    weights = scores + 4 * TILE * ROWS
+    logs = weights + 4 * TILE * ROWS
+    last = get(item, NUM_QUERIES) - 1
+    masked = get(params, WINDOW) > 0 or first + count > visible(params, item, 0)
+    # Rows are in query order: the vectors before `begin` see nothing of this tile.
+    begin = 0
+    if first >= visible(params, item, 0):
+        while begin < rows and scalar(np.float32(0), see + 4 * (rows + begin + ROWS - 1)) <= first:
+            begin += ROWS
+    if first >= visible(params, item, last):
+        begin = rows
+    for row in range(begin, rows, ROWS):
+        _wide_scores(keys, count, dim, query + 4 * row, rows, scores)
+        if masked:
+            _mask(scores, first, count, see + 4 * row, rows)
+        half = 4 * LANES
+        a0, top0 = _wide_softmax(scores, count, weights, state + 4 * row, rows)
+        a1, top1 = _wide_softmax(scores + half, count, weights + half, state + 4 * row + half, rows)
+        if get(params, BLOCK_LSE) != 0:
+            at = lines + 8 * row
+            wide_blocks(params, first, count, top0, scores, weights, at, logs)
+            at += 8 * LANES
+            wide_blocks(params, first, count, top1, scores + half, weights + half, at, logs)
+        _wide_values(values, count, dim, weights, a0, a1, acc + 4 * row, rows)
+
+
+@kernel
+def _gather_rows(acc: Address, rows: int, dim: int, count: int, target: Address) -> None:
+    """Accumulators [head size, row] -> [row, padded head size]."""
+    dims = pad(dim, LANES)
+    for row in range(count):
+        for d in range(dim):
+            put(target + 4 * (row * dims + d), scalar(np.float32(0), acc + 4 * (d * rows + row)))
+
+
+@kernel
+def run_wide(
+    sample: Sample, params: Address, item: Address, scratch: Address
+) -> tuple[Address, Address, Address]:
+    """Run an item; returns the addresses of its accumulator rows, maxima and sums."""
+    dim = get(params, HEAD_DIM)
+    deep = pad(dim, LANES)
+    count = get(item, NUM_QUERIES) * get(params, GROUP)
+    rows = pad(count, ROWS)
+    query = scratch
+    acc = query + 4 * deep * rows
+    state = acc + 4 * deep * rows
+    see = state + 8 * rows
+    keys = see + 8 * rows
+    values = keys + 4 * TILE * deep
+    scores = values + 4 * TILE * deep
+    lines = scores + 4 * (2 * TILE + 1) * ROWS
+    key_at = lines + 8 * rows
+    value_at = key_at + 8 * TILE
+    _load_rows(sample, params, item, rows, query, state, see)
+    if get(params, BLOCK_LSE) != 0:
+        _load_lines(params, item, rows, lines)
+    for j in range(0, deep * rows, LANES):
+        store(acc + 4 * j, splat(np.float32(0)))
+    head = get(item, HEAD_LOW)
+    key = get(params, KEY) + get(get(params, KEY_OFFSET), head)
+    value = get(params, VALUE) + get(get(params, VALUE_OFFSET), head)
+    size = get(params, BLOCK_SIZE)
+    tile = TILE // size * size if size <= TILE else TILE
+    places = (query, acc, state, see, keys, values, scores, lines)
+    for first in range(get(item, KEY_LOW), get(item, KEY_HIGH), tile):
+        n = min(tile, get(item, KEY_HIGH) - first)
+        addresses(params, item, first, n, key_at, value_at)
+        _widen(sample, key, key_at, n, dim, keys)
+        _widen(sample, value, value_at, n, dim, values)
+        _wide_tile(params, item, first, n, rows, places)
+    _gather_rows(acc, rows, dim, count, query)
+    return query, state, state + 4 * rows

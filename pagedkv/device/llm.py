@@ -1,0 +1,311 @@
+"""Text in, text out: many prompts through one pool of blocks."""
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Many
+from typing import Any
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from pagedkv.config import EngineConfig, ModelConfig, audit_enabled, with_fields
+from pagedkv.core.arrays import Int32
+from pagedkv.core.engine import Engine
+from pagedkv.core.groups import group_layout
+from pagedkv.core.request import Request, SamplingParams
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.device.collector import OutputCollector
+from pagedkv.device.executor import TorchExecutor
+from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.outputs import RequestOutput
+from pagedkv.device.store import KVStore, bytes_per_block, check_memory
+from pagedkv.errors import ConfigError, InvalidRequest
+
+__all__ = ["LLM", "Prompt"]
+
+Prompt = str | Many[int] | Int32 | Mapping[str, Any]
+"""Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``, and ``cache_salt``."""
+
+Message = Mapping[str, str]
+DEFAULT_KV_BYTES = 2**30
+
+
+class LLM:
+    """A model served from a pool of KV blocks.
+
+    Args:
+        model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id.
+        dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``.
+        config: Pool and scheduler; its ``max_model_len`` is capped at the model's trained length.
+        fields: Single fields of the config by name, such as ``num_blocks=512``; they win over
+            ``config``. ``max_model_len`` given here may exceed the trained length of a model
+            with rotary positions.
+
+    Raises:
+        ModelNotFound, CorruptModel, UnsupportedBackend: The model cannot be loaded or served.
+        ConfigError: A value is out of range, or the pool is larger than the machine.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m",
+        *,
+        dtype: str = "float32",
+        config: EngineConfig | None = None,
+        **fields: Any,
+    ) -> None:
+        asked = with_fields(config or EngineConfig(), **fields)
+        self.model: LoadedModel = load_model(model, dtype=dtype)
+        geometry = self.model.geometry
+        length = fields.get("max_model_len") or min(
+            asked.model.max_model_len, geometry.max_model_len
+        )
+        self.config = _fitted(asked, geometry, length, getattr(torch, dtype))
+        self.scheduler = Scheduler(self.config)
+        self.store = KVStore(
+            geometry,
+            self.scheduler.manager.pool.num_blocks,
+            self.config.cache.block_size,
+            layout=self.scheduler.layout,
+            dtype=getattr(torch, dtype),
+            poison=audit_enabled(),
+        )
+        executor = TorchExecutor(self.model, self.store, layout=self.scheduler.layout)
+        self.engine = Engine(self.scheduler, executor)
+        self._collector = OutputCollector(self.model.tokenizer, geometry.eos_token_ids)
+        self._num_requests = 0
+        self._done: dict[str, RequestOutput] = {}  # finished, and not yet handed to who asked
+
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Serve all prompts to their ends, batched continuously; outputs in the prompts' order.
+
+        Args:
+            prompts: One prompt or many.
+            sampling_params: One for all, or one each; the defaults if omitted.
+            use_tqdm: Show a progress bar on stderr.
+
+        Raises:
+            InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
+        """
+        order = self._add_all(_as_list(prompts), sampling_params, streams=False)
+        done: dict[str, RequestOutput] = {}
+        with tqdm(total=len(order), disable=not use_tqdm, unit="request") as bar:
+            for _, finished in self._run(order):
+                done.update((output.request_id, output) for output in finished)
+                bar.update(len(finished))
+        return [done[request_id] for request_id in order]
+
+    def stream(
+        self,
+        prompts: Prompt | Many[Prompt],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Serve all prompts and yield each request whenever it has new tokens.
+
+        An output holds everything generated so far; the last one of a request is ``finished``.
+        Closing the iterator early aborts what is left.
+
+        Raises:
+            InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
+        """
+        order = self._add_all(_as_list(prompts), sampling_params, streams=True)
+        return self._stream(order)
+
+    def _stream(self, order: list[str]) -> Iterator[RequestOutput]:
+        for partial, finished in self._run(order, streams=True):
+            yield from partial
+            yield from finished
+
+    def abort(self, request_id: str) -> None:
+        """End a request that `stream` is serving; its last output says ``abort``.
+
+        Raises:
+            InvalidTransition: No such request is in work.
+        """
+        self._keep(self._collector.finish(self.scheduler.abort(request_id)))
+
+    def chat(
+        self,
+        messages: Many[Message] | Many[Many[Message]],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Like `generate`, on conversations put into words by the model's chat template.
+
+        Args:
+            messages: One conversation or many; a message has ``role`` and ``content``.
+        """
+        first = messages[0] if messages else None
+        many = [messages] if isinstance(first, Mapping) else messages
+        prompts = [self.chat_prompt(conversation) for conversation in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Many[Message]) -> str:
+        """Return a conversation in the model's chat template, ready for the answer.
+
+        Raises:
+            InvalidRequest: The model has no chat template, or it does not take the messages.
+        """
+        tokenizer = self.model.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise InvalidRequest(
+                "the model has no chat template", where="messages", remedy="use generate()"
+            )
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as fault:  # a template is the model's own program and may raise anything
+            raise InvalidRequest(f"the chat template failed: {fault}", where="messages") from fault
+        return text
+
+    def _add_all(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Many[SamplingParams] | None,
+        *,
+        streams: bool,
+    ) -> list[str]:
+        """Queue all prompts or, if one is refused, none; return their request ids."""
+        each = _per_prompt(params, len(prompts))
+        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        added: list[str] = []
+        try:
+            for request, text in requests:
+                seq_ids = self.scheduler.add(request)
+                added.append(request.request_id)
+                self._collector.track(request, text, seq_ids, streams=streams)
+        except Exception:
+            self._abort(added)
+            raise
+        return added
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[Request, str | None]:
+        request_id = str(self._num_requests)
+        self._num_requests += 1
+        text, token_ids, salt = None, prompt, ""
+        if isinstance(prompt, Mapping):
+            salt = prompt.get("cache_salt", "")
+            token_ids = prompt.get("prompt_token_ids", prompt.get("prompt", ()))
+        if isinstance(token_ids, str):
+            text, token_ids = token_ids, self._encode(token_ids, request_id)
+        if params.stop and self.model.tokenizer is None:
+            raise InvalidRequest(
+                "stop strings need a tokenizer and the model has none",
+                where=f"request {request_id!r}",
+                remedy="use stop_token_ids",
+            )
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,  # type: ignore[arg-type]
+            sampling=params,
+            cache_salt=salt,
+        )
+        return request, text
+
+    def _encode(self, text: str, request_id: str) -> list[int]:
+        if self.model.tokenizer is None:
+            raise InvalidRequest(
+                "the prompt is text and the model has no tokenizer",
+                where=f"request {request_id!r}",
+                remedy="give token ids",
+            )
+        ids: list[int] = self.model.tokenizer(text)["input_ids"]
+        return ids
+
+    def _run(
+        self, order: list[str], *, streams: bool = False
+    ) -> Iterator[tuple[list[RequestOutput], list[RequestOutput]]]:
+        """Step until the requests are done: per step, those that grew and those that ended."""
+        left = set(order)
+        try:
+            while left:
+                plan, result, output = self.engine.step()
+                ends = list(output.finished)
+                ended = {end.seq_id for end in ends}
+                for seq_id, string in self._collector.observe(plan, result, output):
+                    if seq_id not in ended:
+                        ends.append(self.scheduler.stop(seq_id, string))
+                self._keep(self._collector.finish(ends))
+                finished = [self._done.pop(key) for key in list(self._done) if key in left]
+                left.difference_update(done.request_id for done in finished)
+                partial = self._collector.snapshots(output) if streams else []
+                yield [each for each in partial if each.request_id in left], finished
+        finally:
+            self._abort(left - self._done.keys())
+
+    def _keep(self, finished: list[RequestOutput]) -> None:
+        self._done.update((output.request_id, output) for output in finished)
+
+    def _abort(self, request_ids: Many[str] | set[str]) -> None:
+        for request_id in sorted(request_ids):
+            self._collector.finish(self.scheduler.abort(request_id))
+
+
+def _fitted(
+    config: EngineConfig, geometry: ModelGeometry, length: int, dtype: torch.dtype
+) -> EngineConfig:
+    """Return the config with the model's facts and the pool's size filled in."""
+    if length > geometry.max_model_len and not geometry.rope:
+        raise ConfigError(
+            f"{length} tokens and the model has {geometry.max_model_len} learned positions",
+            where="model.max_model_len",
+            remedy=f"give at most {geometry.max_model_len}",
+        )
+    facts = ModelConfig(
+        max_model_len=length,
+        vocab_size=geometry.vocab_size,
+        eos_token_ids=geometry.eos_token_ids,
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        sliding_window=geometry.sliding_window,
+        rope=geometry.rope,
+    )
+    num_blocks, size = config.cache.num_blocks, config.cache.block_size
+    layout = group_layout(facts, config.cache)
+    per_block = bytes_per_block(geometry, layout, size, dtype)
+    if num_blocks is None:
+        wanted = config.scheduler.max_num_seqs * -(-length // size) * layout.num_groups
+        given = config.cache.kv_cache_memory_bytes
+        num_blocks = given // per_block if given else min(wanted, DEFAULT_KV_BYTES // per_block)
+        if not num_blocks:
+            raise ConfigError(
+                f"{given} bytes hold no block of {per_block} bytes",
+                where="cache.kv_cache_memory_bytes",
+                remedy="raise it or lower cache.block_size",
+            )
+    check_memory(num_blocks * per_block)  # before anything of that size is made
+    cache = msgspec.structs.replace(config.cache, num_blocks=num_blocks, kv_cache_memory_bytes=None)
+    return msgspec.structs.replace(config, model=facts, cache=cache)
+
+
+def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
+    """Tell one prompt from many: a string, a mapping or a flat list of ids is one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    many = list(prompts)
+    if many and isinstance(many[0], int):
+        return [many]
+    return many
+
+
+def _per_prompt(
+    params: SamplingParams | Many[SamplingParams] | None, count: int
+) -> Many[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(
+            f"{len(params)} sampling parameters for {count} prompts",
+            where="sampling_params",
+            remedy="give one for all or one each",
+        )
+    return params

@@ -1,0 +1,195 @@
+"""What eviction is told: per-block attention mass and its relatives, from the attention call.
+
+Every number is defined in `pagedkv.eviction.scores`. Mass comes from the log-sum-exps that the
+operator writes as it goes: ``exp(lse_b - lse)`` is exactly the softmax mass of a block, so no
+attention matrix is ever formed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.core.groups import GroupLayout
+from pagedkv.core.plan import Observation, Observed, StepPlan
+
+__all__ = ["LayerView", "Observer"]
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda mass: mass.sum(dim=1),
+    "mean": lambda mass: mass.sum(dim=1),  # divided once, after the last layer
+    "max": lambda mass: mass.amax(dim=1),
+}
+
+
+class LayerView:
+    """One layer's attention over one group's tables, as its observers see it.
+
+    Attributes:
+        block_lse: fp32 [T, H, W] Log-sum-exp of each query's scores over each table entry.
+        lse: fp32 [H, T] Over all that the query sees.
+        block_error: Given packed tokens [N], the norms |o - o_b| for each entry: fp32 [N, H, W].
+        standing: Given one of the plan's sequences and the fp32 keys [E, block_size, heads,
+            head_dim] of its table's first E entries, the keys turned to where the blocks stand
+            now; up to a rotation that all of them share.
+        keys: [num_blocks, block_size, heads, head_dim] of this layer.
+        values: The same of values.
+    """
+
+    __slots__ = ("block_error", "block_lse", "keys", "lse", "standing", "values")
+
+    def __init__(
+        self,
+        *,
+        block_lse: Tensor,
+        lse: Tensor,
+        block_error: Callable[[Tensor], Tensor],
+        standing: Callable[[int, Tensor], Tensor],
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        self.block_lse = block_lse
+        self.lse = lse
+        self.block_error = block_error
+        self.standing = standing
+        self.keys = keys
+        self.values = values
+
+
+class Observer:
+    """Gathers one `Observation` of a step, layer by layer.
+
+    Sums over queries are taken at the end, because what is reduced over heads and layers first
+    need not be linear.
+    """
+
+    def __init__(self, plan: StepPlan, layout: GroupLayout, block_size: int, wanted: Observation):
+        start = plan.query_start[:-1][wanted.members] + wanted.first_query
+        end = plan.query_start[1:][wanted.members]
+        count = end - start
+        self._kind, self._gqa = wanted.kind, wanted.gqa
+        self._block_size = block_size
+        self._layers = layout.slot_layers
+        self._member = np.repeat(np.arange(len(count)), count)
+        offset = np.arange(len(self._member)) - np.repeat(np.cumsum(count) - count, count)
+        tokens = start[self._member] + offset
+        self._tokens = torch.from_numpy(tokens.astype(np.int64))
+        self._last = torch.from_numpy((end - 1).astype(np.int64))
+        # [G, N]: the index of each observing query among its sequence's resident tokens
+        before_end = end[self._member] - tokens
+        self._index = plan.num_resident[:, wanted.members][:, self._member] - before_end
+        groups, width = plan.num_resident.shape[0], plan.block_table.shape[2]
+        self._members = wanted.members.tolist()
+        self._table = plan.block_table[:, wanted.members]
+        self._sealed = plan.num_resident[:, wanted.members] // block_size
+        step = np.diff(plan.query_start)[wanted.members]
+        self._sealed_before = (plan.num_resident[:, wanted.members] - step) // block_size
+        self._seen = torch.zeros((groups, len(tokens), width))
+        self._mass = torch.zeros((groups, len(count), width))
+        self._static = torch.zeros((groups, len(count), width))
+
+    def take(self, group: int, layer: LayerView) -> None:
+        """Take in one layer of a group; once per layer, after its attention ran."""
+        last = _mass(layer, self._last)
+        self._mass[group] += last.mean(dim=1) / self._layers
+        if self._kind in _STATIC:
+            self._take_static(group, layer)
+        elif len(self._tokens):
+            mass = _mass(layer, self._tokens)
+            if self._kind == "lobo_sum":
+                ratio = mass / (1 - mass).clamp_min(1e-6)
+                mass = ratio * layer.block_error(self._tokens)
+            reduced = _REDUCE[self._gqa](mass)
+            if self._gqa == "max":
+                torch.maximum(self._seen[group], reduced, out=self._seen[group])
+            else:
+                heads = mass.shape[1] * self._layers if self._gqa == "mean" else 1
+                self._seen[group] += reduced / heads
+            self._heads = mass.shape[1] * self._layers
+
+    def _take_static(self, group: int, layer: LayerView) -> None:
+        fresh = np.arange(self._table.shape[2])
+        fresh_at = (fresh >= self._sealed_before[group][:, None]) & (
+            fresh < self._sealed[group][:, None]
+        )
+        for member in np.flatnonzero(fresh_at.any(axis=1)).tolist():
+            entries = np.flatnonzero(fresh_at[member])
+            table = torch.from_numpy(self._table[group, member].astype(np.int64))
+            which = self._members[member]
+            values = _STATIC[self._kind](layer, which, table, torch.from_numpy(entries))
+            reduced = _REDUCE[self._gqa](values)
+            at = torch.from_numpy(entries)
+            if self._gqa == "max":
+                first = self._static[group, member, at] == 0
+                best = torch.maximum(self._static[group, member, at], reduced)
+                self._static[group, member, at] = torch.where(first, reduced, best)
+            else:
+                heads = values.shape[1] * self._layers if self._gqa == "mean" else 1
+                self._static[group, member, at] += reduced / heads
+
+    def result(self) -> Observed:
+        """Return what was observed, once every layer was taken in."""
+        if self._kind in _STATIC or not len(self._tokens):
+            return Observed(values=self._static.numpy(), mass=self._mass.numpy())
+        width = self._seen.shape[2]
+        whole = (np.arange(1, width + 1) * self._block_size - 1) <= self._index[:, :, None]
+        seen = np.where(whole, self._seen.numpy(), np.float32(0))
+        visible = (self._index + 1)[:, :, None].astype(np.float32)
+        if self._kind.startswith("lift"):
+            seen = seen * (visible / np.float32(self._block_size))
+        elif self._kind == "mass_low":
+            scale = self._heads if self._gqa == "sum" else 1
+            seen = (whole & (seen * visible < scale * self._block_size)).astype(np.float32)
+        return Observed(values=self._over_queries(seen), mass=self._mass.numpy())
+
+    def _over_queries(self, seen: np.ndarray) -> np.ndarray:
+        """Reduce [G, N, W] over the queries of each member: [G, M, W]."""
+        values = np.zeros(self._mass.shape, np.float32)
+        present, begin = np.unique(self._member, return_index=True)
+        if self._kind == "mass_last":
+            ends = np.append(begin[1:], len(self._member)) - 1
+            values[:, present] = seen[:, ends]
+        elif self._kind.endswith("max"):
+            values[:, present] = np.maximum.reduceat(seen, begin, axis=1)
+        else:
+            values[:, present] = np.add.reduceat(seen, begin, axis=1)
+        return values
+
+
+def _mass(layer: LayerView, tokens: Tensor) -> Tensor:
+    """Return each table entry's share of the softmax: fp32 [N, H, W]."""
+    lse = layer.lse.index_select(1, tokens).t()
+    return torch.exp(layer.block_lse.index_select(0, tokens) - lse.unsqueeze(2))
+
+
+def _key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
+    """Mean over a block's tokens of |k|: [E, heads]."""
+    norms: Tensor = layer.keys[table[entries]].float().norm(dim=-1)
+    return norms.mean(dim=1)
+
+
+def _value_key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
+    """Mean over a block's tokens of |v| / |k|: [E, heads]."""
+    keys: Tensor = layer.keys[table[entries]].float().norm(dim=-1)
+    values: Tensor = layer.values[table[entries]].float().norm(dim=-1)
+    return (values / keys.clamp_min(1e-12)).mean(dim=1)
+
+
+def _key_diff(layer: LayerView, member: int, table: Tensor, entries: Tensor) -> Tensor:
+    """Mean cosine of a block's keys to the mean unit key up to it: [E, heads].
+
+    Keys that were written before and after an eviction were rotated from different origins, so
+    they are compared where they stand now.
+    """
+    known = layer.keys[table[: int(entries[-1]) + 1]].float()
+    unit = torch.nn.functional.normalize(layer.standing(member, known), dim=-1)
+    mean = torch.nn.functional.normalize(unit.sum(dim=1).cumsum(dim=0), dim=-1)
+    return (unit[entries] * mean[entries].unsqueeze(1)).sum(dim=-1).mean(dim=1)
+
+
+_STATIC: dict[str, Callable[[LayerView, int, Tensor, Tensor], Tensor]] = {
+    "key_norm": _key_norm,
+    "value_key_norm": _value_key_norm,
+    "key_diff": _key_diff,
+}

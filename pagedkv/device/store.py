@@ -1,0 +1,113 @@
+"""Where keys and values live: one allocation of fixed-size blocks for all layers."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from pagedkv.core.groups import GroupLayout
+from pagedkv.device.geometry import ModelGeometry
+from pagedkv.errors import ConfigError
+
+__all__ = ["KVStore", "bytes_per_block", "check_memory", "one_group"]
+
+
+def bytes_per_block(
+    geometry: ModelGeometry, layout: GroupLayout, block_size: int, dtype: torch.dtype
+) -> int:
+    """Return the bytes of one block: its group's layers and heads, keys and values together."""
+    vectors = 2 * layout.slot_layers * layout.heads_per_group * block_size
+    return vectors * geometry.head_dim * dtype.itemsize
+
+
+def one_group(geometry: ModelGeometry) -> GroupLayout:
+    """Return the layout in which all layers and heads share one block table."""
+    return GroupLayout(
+        num_groups=1,
+        slot_layers=geometry.num_layers,
+        heads_per_group=geometry.num_kv_heads,
+        group_of=(0,) * geometry.num_layers,
+        slot_of=tuple(range(geometry.num_layers)),
+        windows=(0,),
+    )
+
+
+def check_memory(num_bytes: int, where: str = "cache.num_blocks") -> None:
+    """Refuse a pool that the machine could never hold.
+
+    Raises:
+        ConfigError: The pool is larger than the machine's memory.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > total:
+        raise ConfigError(
+            f"the pool takes {num_bytes / 2**30:.1f} GiB and the machine has "
+            f"{total / 2**30:.1f} GiB",
+            where=where,
+            remedy="lower num_blocks or kv_cache_memory_bytes",
+        )
+
+
+class KVStore:
+    """Keys and values by layer and slot; a slot is ``block_id * block_size + offset``.
+
+    All groups take their blocks from the one pool, so a block id means the same slots for each.
+
+    Attributes:
+        keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]
+        values: The same shape.
+
+    Args:
+        layout: The scheduler's groups; one for everything if omitted.
+        poison: Fill new blocks with NaN, so that reading a slot nobody wrote shows in the output.
+    """
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        num_blocks: int,
+        block_size: int,
+        *,
+        layout: GroupLayout | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        poison: bool = False,
+    ) -> None:
+        layout = layout or one_group(geometry)
+        check_memory(num_blocks * bytes_per_block(geometry, layout, block_size, dtype))
+        shape = (
+            layout.slot_layers,
+            num_blocks,
+            block_size,
+            layout.heads_per_group,
+            geometry.head_dim,
+        )
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        if poison:
+            self.keys.fill_(torch.nan)
+            self.values.fill_(torch.nan)
+        self._key_slots = self.keys.view(shape[0], num_blocks * block_size, -1)
+        self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def write(self, slot_layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store the vectors of T slots.
+
+        Args:
+            slot_layer: Which of a block's layers.
+            slots: int64 [T], each at most once.
+            key: [T, heads_per_group, head_dim]; any strides.
+            value: The same shape.
+        """
+        self._key_slots[slot_layer].index_copy_(0, slots, key.reshape(len(slots), -1))
+        self._value_slots[slot_layer].index_copy_(0, slots, value.reshape(len(slots), -1))
+
+    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole blocks in every layer; int64 [C] each, no block on both sides."""
+        self.keys[:, targets] = self.keys[:, sources]
+        self.values[:, targets] = self.values[:, sources]

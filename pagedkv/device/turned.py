@@ -1,0 +1,167 @@
+"""Attention where queries are turned before they meet some blocks: one call per kind of run.
+
+Consecutive blocks that want the same turn form a run. Each (sequence, run) is a sequence of its
+own in a batch of partial attentions, asked by queries turned for it; the parts are merged by their
+log-sum-exps, which is exact. A sequence's last run holds the step's own tokens and is causal; the
+runs before it are seen whole.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.core.arrays import Int32, Int64
+from pagedkv.device.operators import PagedBias, paged_attention
+from pagedkv.device.turns import Turns
+
+__all__ = ["TurnedBias"]
+
+
+class TurnedBias:
+    """A step's bias with turns; made once per step and group, shared by its layers.
+
+    After `attend`, `block_lse` and `lse` are the last layer's, shaped as `PagedBias`' are.
+
+    Args:
+        query_start: int32 [B + 1] Where each sequence's queries begin.
+        num_resident: int32 [B] Tokens resident, this step's included.
+        block_table: int32 [B, W]
+        block_size: Slots of a block.
+        turns: For [B, W].
+        want_block_lse: Fill `block_lse` as well.
+    """
+
+    def __init__(
+        self,
+        query_start: Int32,
+        num_resident: Int32,
+        block_table: Int32,
+        block_size: int,
+        turns: Turns,
+        *,
+        want_block_lse: bool = False,
+    ) -> None:
+        self._turns = turns
+        self._width = block_table.shape[1]
+        self.block_lse: Tensor | None = None
+        self.lse: Tensor | None = None
+        seq, first, count = _runs(num_resident, turns.index, block_size)
+        last = np.append(seq[1:] != seq[:-1], True)
+        queries = np.diff(query_start)
+        tail = num_resident[seq[last]] - first[last] * block_size
+        self._own = _Part(seq[last], first[last], count[last], query_start, turns.index)
+        self._own_bias = PagedBias.build(
+            query_start,
+            tail,
+            self._own.table(block_table),
+            block_size,
+            want_block_lse=want_block_lse,
+        )
+        self._old: _Part | None = None
+        if not last.all():
+            old = ~last
+            self._old = _Part(seq[old], first[old], count[old], query_start, turns.index)
+            starts = np.append(0, np.cumsum(queries[seq[old]])).astype(np.int32)
+            self._old_bias = PagedBias.build(
+                starts,
+                count[old] * block_size,
+                self._old.table(block_table),
+                block_size,
+                causal=False,
+                want_block_lse=want_block_lse,
+            )
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: Any
+    ) -> Tensor:
+        """Return attention over all runs: [T, Hq, D]; shapes as in `paged_attention`."""
+        own = self._own.turned(query, self._turns)
+        out = paged_attention(own, keys, values, self._own_bias, scale, operator)
+        lse = self._own_bias.lse
+        assert lse is not None
+        if self._own_bias.block_lse is not None:
+            shape = (*query.shape[:2], self._width)
+            self.block_lse = torch.full(shape, -torch.inf)
+            self._own.scatter(self._own_bias.block_lse, self.block_lse)
+        self.lse = lse
+        if self._old is not None:
+            asked = self._old.turned(query, self._turns)
+            part = paged_attention(asked, keys, values, self._old_bias, scale, operator)
+            assert self._old_bias.lse is not None
+            out, self.lse = _merged(out, lse, part, self._old_bias.lse, self._old.token)
+            if self.block_lse is not None:
+                assert self._old_bias.block_lse is not None
+                self._old.scatter(self._old_bias.block_lse, self.block_lse)
+        return out
+
+
+class _Part:
+    """Some runs, and the (run, query) pairs that ask them, packed run after run.
+
+    Attributes:
+        token: int64 [N] The packed query of each pair.
+    """
+
+    def __init__(
+        self, seq: Int64, first: Int64, count: Int64, query_start: Int32, index: Int32
+    ) -> None:
+        self._seq, self._first, self._count = seq, first, count
+        queries = np.diff(query_start)[seq]
+        self._run = np.repeat(np.arange(len(seq)), queries)
+        begin = np.repeat(np.cumsum(queries) - queries, queries)
+        token = query_start[seq][self._run] + np.arange(len(self._run)) - begin
+        self.token = torch.from_numpy(token.astype(np.int64))
+        self._row = torch.from_numpy(index[seq, first][self._run].astype(np.int64))
+
+    def table(self, block_table: Int32) -> Int32:
+        """Return the runs' own block tables: [runs, widest]."""
+        entry = self._first[:, None] + np.arange(int(self._count.max(initial=1)))
+        inside = np.minimum(entry, block_table.shape[1] - 1)
+        return np.ascontiguousarray(block_table[self._seq[:, None], inside])
+
+    def turned(self, query: Tensor, turns: Turns) -> Tensor:
+        """Return the queries of the pairs, turned for their runs: [N, Hq, D]."""
+        return turns.apply(query[self.token], self._row)
+
+    def scatter(self, source: Tensor, target: Tensor) -> None:
+        """Write pairs' block lse [N, Hq, widest] to their entries of [T, Hq, W]."""
+        width = np.arange(source.shape[2])
+        pair, column = np.nonzero(width < self._count[self._run][:, None])
+        entry = torch.from_numpy(self._first[self._run[pair]] + column)
+        at, column_at = torch.from_numpy(pair), torch.from_numpy(column)
+        target[self.token[at], :, entry] = source[at, :, column_at]
+
+
+def _runs(num_resident: Int32, index: Int32, block_size: int) -> tuple[Int64, Int64, Int64]:
+    """Return the runs of equal turn: their sequence, first entry and number of entries."""
+    width = index.shape[1]
+    used = np.arange(width) < -(-num_resident // block_size)[:, None]
+    begins = used.copy()
+    begins[:, 1:] &= index[:, 1:] != index[:, :-1]
+    seq, first = np.nonzero(begins)
+    after = np.append(first[1:], 0)
+    ends = np.append(seq[1:] != seq[:-1], True)
+    blocks = used.sum(axis=1)[seq]
+    return seq, first, np.where(ends, blocks, after) - first
+
+
+def _merged(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add partial attentions [N, Hq, D] of packed queries ``token`` to [T, Hq, D].
+
+    Each query's parts are added in the order of its runs, so its result does not depend on the
+    batch.
+    """
+    own, more = lse.t(), part_lse.t()
+    top = own.scatter_reduce(0, token[:, None].expand_as(more), more, "amax")
+    weight = torch.exp(more - top[token])
+    kept = torch.exp(own - top)
+    total = kept.index_add(0, token, weight)
+    mixed = (out.float() * kept.unsqueeze(2)).index_add_(
+        0, token, part.float() * weight.unsqueeze(2)
+    )
+    merged = (mixed / total.unsqueeze(2)).to(out.dtype)
+    return merged, (top + torch.log(total)).t().contiguous()

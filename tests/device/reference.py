@@ -1,0 +1,102 @@
+"""The slow truth that models are held against: transformers' own runs, and plain attention."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedkv.device.models import LoadedModel
+
+__all__ = ["DenseStep", "greedy", "packed", "reference_logits", "reference_model"]
+
+
+def reference_model(loaded: LoadedModel, attn_implementation: str = "sdpa") -> Any:
+    """The same weights behind one of transformers' own attention functions."""
+    model = copy.deepcopy(loaded.model)
+    model.set_attn_implementation(attn_implementation)
+    return model
+
+
+def reference_logits(model: Any, token_ids: list[int]) -> Tensor:
+    """`f32[len(token_ids), vocab]` of one whole sequence from position 0."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    return logits.float()
+
+
+class DenseStep:
+    """Causal attention over packed sequences, remembering every key and value. An AttentionStep.
+
+    Call `begin` with how many tokens of which sequence the next forward brings, in packed order.
+    """
+
+    def __init__(self, windows: tuple[int, ...]) -> None:
+        self.windows = windows
+        self.rows: list[tuple[int, int]] = []
+        self.memory: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.calls: list[int] = []
+
+    def begin(self, rows: list[tuple[int, int]]) -> "DenseStep":
+        self.rows = rows
+        self.calls = []
+        return self
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        self.calls.append(layer_idx)
+        outputs, start = [], 0
+        for sequence, count in self.rows:
+            part = slice(start, start + count)
+            keys, values = self._remember(layer_idx, sequence, key[part], value[part])
+            outputs.append(_attention(query[part], keys, values, scaling, self.windows[layer_idx]))
+            start += count
+        assert start == len(query)
+        return torch.cat(outputs)
+
+    def _remember(
+        self, layer_idx: int, sequence: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        slot = (layer_idx, sequence)
+        if slot in self.memory:
+            old_key, old_value = self.memory[slot]
+            key, value = torch.cat([old_key, key]), torch.cat([old_value, value])
+        self.memory[slot] = key, value
+        return key, value
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+    """The last len(query) of len(key) tokens attend to themselves and to what came before."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    at = torch.arange(len(key))
+    distance = at[len(key) - len(query) :, None] - at[None, :]
+    seen = (distance >= 0) & ((distance < window) if window else True)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def packed(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and positions of several (tokens, first position) one after another."""
+    token_ids = [token for tokens, _ in parts for token in tokens]
+    positions = [first + i for tokens, first in parts for i in range(len(tokens))]
+    return torch.tensor(token_ids), torch.tensor(positions)
+
+
+def greedy(loaded: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """Greedy continuation of one prompt through a DenseStep, end of sequence ignored."""
+    from pagedkv.device.models import forward
+
+    step = DenseStep(loaded.geometry.sliding_window)
+    written: list[int] = []
+    tokens, first = prompt, 0
+    for _ in range(max_tokens):
+        ids, positions = packed([(tokens, first)])
+        last = torch.tensor([len(tokens) - 1])
+        logits = forward(loaded, ids, positions, step.begin([(0, len(tokens))]), last)
+        first += len(tokens)
+        tokens = [int(logits[0].argmax())]
+        written += tokens
+    return written

@@ -1,0 +1,113 @@
+"""What the kernel's parts promise apart from attention: the cut, the threads, the import."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pagedkv.device import cpu_kernel, cpu_layout
+from pagedkv.device.cpu_work import Shape, cut
+from pagedkv.errors import UnsupportedBackend
+
+
+def shape(**changes: int) -> Shape:
+    usual = Shape(kv_heads=3, group=3, head_dim=64, block_size=16, width=64, window=0, causal=True)
+    return replace(usual, **changes)
+
+
+def items_of(rows: list[tuple[int, int]], what: Shape) -> np.ndarray:
+    queries, resident = np.array(rows, np.int64).T
+    starts = np.concatenate([[0], np.cumsum(queries)])
+    return cut(starts, resident, resident - queries + 1, what).items
+
+
+@pytest.mark.parametrize("rows", [[(1, 5)], [(1, 1000), (200, 300), (0, 9), (7, 700), (1, 0)]])
+def test_the_cut_covers_every_key_once(rows: list[tuple[int, int]]) -> None:
+    """Per (query, KV head): spans that neither overlap nor leave a gap, on block boundaries."""
+    what = shape()
+    starts = np.concatenate([[0], np.cumsum([q for q, _ in rows])])
+    reached = np.zeros((starts[-1], what.kv_heads), np.int64)
+    entries = np.zeros((starts[-1], what.kv_heads), np.int64)
+    for item in items_of(rows, what):
+        first, count = item[cpu_layout.FIRST_QUERY], item[cpu_layout.NUM_QUERIES]
+        heads = slice(item[cpu_layout.HEAD_LOW], item[cpu_layout.HEAD_HIGH])
+        low, high = item[cpu_layout.KEY_LOW], item[cpu_layout.KEY_HIGH]
+        assert low % what.block_size == 0
+        reached[first : first + count, heads] += high - low
+        cleared = item[cpu_layout.CLEAR_HIGH] - item[cpu_layout.CLEAR_LOW]
+        entries[first : first + count, heads] += cleared
+    for b, (_, resident) in enumerate(rows):
+        mine = reached[starts[b] : starts[b + 1]]
+        assert (mine[-1:] == resident).all()
+        assert (mine <= resident).all()
+    assert (entries == what.width).all()
+
+
+def test_the_cut_of_a_sequence_ignores_the_others() -> None:
+    what = shape()
+    places = ("ROW", "FIRST_QUERY", "TILE_ID", "PARTIAL_AT")
+    of_batch = [getattr(cpu_layout, name) for name in places]
+    of_sequence = np.setdiff1d(np.arange(cpu_layout.NUM_FIELDS), of_batch)
+    alone = items_of([(1, 2000)], what)
+    among = items_of([(50, 700), (1, 2000), (1, 3)], what)
+    among = among[among[:, cpu_layout.ROW] == 1]
+    order = np.argsort(alone[:, cpu_layout.SPAN]), np.argsort(among[:, cpu_layout.SPAN])
+    assert len(alone) > 1
+    assert np.array_equal(alone[order[0]][:, of_sequence], among[order[1]][:, of_sequence])
+
+
+def test_one_long_row_is_shared_between_threads() -> None:
+    assert len(items_of([(1, 32_768)], shape(width=2048))) >= 16
+
+
+def test_a_window_skips_what_is_out_of_sight() -> None:
+    items = items_of([(1, 1000)], shape(window=100))
+    assert items[:, cpu_layout.KEY_LOW].min() == 896  # the block that holds key 900
+
+
+def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no OpenMP runtime is found, Python's threads run the same worker."""
+    from pagedkv.device.operators import PagedBias, paged_attention
+
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(40, 16, 2, 32, generator=generator) for _ in range(2))
+    query = torch.randn(2, 4, 32, generator=generator)
+    table = np.arange(40, dtype=np.int32).reshape(2, 20)
+
+    def run() -> torch.Tensor:
+        bias = PagedBias.build(np.array([0, 1, 2]), np.array([320, 77]), table, 16)
+        return paged_attention(query, key, value, bias)
+
+    want = run()
+    monkeypatch.setattr(cpu_kernel, "_openmp", lambda: None)
+    assert torch.equal(run(), want)
+
+
+def test_failing_to_compile_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args: object, **_options: object) -> object:
+        raise RuntimeError("no cache locator")
+
+    monkeypatch.setattr(cpu_kernel, "cfunc", broken)
+    with pytest.raises(UnsupportedBackend, match="no cache locator"):
+        cpu_kernel._worker.__wrapped__("float32")
+
+
+def test_fp16_needs_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernel, "HAS_HALF", False)
+    with pytest.raises(UnsupportedBackend, match="converts fp16"):
+        cpu_kernel._worker.__wrapped__("float16")
+
+
+def test_importing_compiles_nothing_and_warns_of_nothing() -> None:
+    """Not even numba is loaded, and xformers' log stays quiet."""
+    code = (
+        "import sys, pagedkv.device.operators;"
+        "assert 'numba' not in sys.modules and 'pagedkv.device.cpu_kernel' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
