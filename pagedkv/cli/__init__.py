@@ -1,0 +1,147 @@
+"""The command line: one module per verb, each torch-free until it runs.
+
+A verb's module has ``add_parser(subparsers) -> None`` and ``run(args) -> int``.
+"""
+
+import argparse
+import difflib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from pagedkv import __version__
+from pagedkv.errors import PagedKVError, PolicyError
+
+__all__ = ["main"]
+
+VERBS = ("demo", "generate", "bench", "models", "config", "env")
+
+# Which extra brings a package.
+_EXTRAS = {
+    "torch": "torch",
+    "xformers": "torch",
+    "numba": "cpu",
+    "llvmlite": "cpu",
+    "transformers": "models",
+    "tokenizers": "models",
+    "safetensors": "models",
+    "tqdm": "models",
+    "gguf": "gguf",
+    "accelerate": "gguf",
+    "matplotlib": "plot",
+    "rich": "progress",
+}
+
+_EPILOG = """\
+start here:
+  pagedkv demo                                      a guided tour on a small model
+  pagedkv generate --model tiny-random "Hello"      no download, random words
+  pagedkv generate --chat "Name three rivers."      a real model, downloaded once
+
+`pagedkv VERB --help` explains a verb and gives examples.
+"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps descriptions as written and lines within 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=34, width=width)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose unknown flags come with the nearest known."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Help)
+        super().__init__(**options, allow_abbrev=False)
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message as one line and exit with 2."""
+        self.exit(2, f"pagedkv: error: {message} (see `{self.prog} --help`)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but refuse what is unknown here, where the nearest flag can be named."""
+        found, extra = super().parse_known_args(args, namespace)
+        if extra and extra[0].startswith("-"):
+            near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"there is no flag {extra[0]}{hint}")
+        if extra:
+            self.error(f"{extra[0]!r} is one argument too many; give flags first, then the rest")
+        return found, extra
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pagedkv",
+        description="Serve, measure and inspect language models with a paged KV cache.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"pagedkv {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB")
+    for verb in VERBS:
+        _module(verb).add_parser(subparsers)
+    return parser
+
+
+def _module(verb: str) -> Any:
+    return import_module(f"pagedkv.cli.{verb}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; those of the process if omitted.
+
+    Returns:
+        The exit code: 0; 1 if some requests failed; 2 for a mistake in what was asked; 130 when
+        interrupted.
+    """
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    if args.verb is None:
+        parser.print_help()
+        return 0
+    try:
+        code: int = _module(args.verb).run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\npagedkv: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (PagedKVError, ModuleNotFoundError) as fault:
+        if hasattr(args, "debug") or (text := _message(fault)) is None:
+            raise
+        print(f"pagedkv: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _message(fault: Exception) -> str | None:
+    """What to tell the user, or None if the fault is ours."""
+    if isinstance(fault, PolicyError):
+        return str(fault)  # may go on for two lines that point at the place
+    if not isinstance(fault, ModuleNotFoundError):
+        return " ".join(str(fault).split())
+    package = (fault.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return f"this needs {package}; install it with: pip install 'pagedkv[{_EXTRAS[package]}]'"

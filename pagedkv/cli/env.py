@@ -1,0 +1,136 @@
+"""``pagedkv env``: what a bug report needs."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pagedkv.cli.flags import DTYPES
+from pagedkv.cli.machine import machine, versions
+from pagedkv.errors import UnsupportedBackend
+
+__all__ = ["add_parser", "collect", "run"]
+
+_DESCRIPTION = """\
+Show versions, the processor and its vector instructions, threads, which attention operator would
+serve each element type and whether its native kernel is compiled already, and where models are
+kept. Paste it into a bug report.
+"""
+_EPILOG = """\
+examples:
+  pagedkv env
+  pagedkv env --compile     compile the attention kernel now, so that no request waits for it
+  pagedkv env --json
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb's parser."""
+    parser = subparsers.add_parser(
+        "env",
+        help="show versions, processor and attention kernel",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the attention kernel of every element type (10-20 s each, once)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    facts = collect(compile_kernels=args.compile)
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(facts)).decode())
+    else:
+        print("\n".join(_lines(facts)))
+    return 0
+
+
+def collect(*, compile_kernels: bool = False) -> dict[str, Any]:
+    """Return what the verb shows, as plain data.
+
+    Args:
+        compile_kernels: Compile, or load from disk, the kernels of all element types.
+    """
+    from pagedkv.device.weights import cache_dir
+
+    attention = _attention(compile_kernels)  # loads torch, whose threads are then known
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "attention": attention,
+        "model_cache": str(cache_dir()),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PAGEDKV_")},
+    }
+
+
+def _attention(compile_kernels: bool) -> dict[str, Any]:
+    """Say by element type which operator serves it and why one does not, and of its kernel."""
+    try:
+        import torch
+
+        from pagedkv.device.operators import choose_operator
+    except (ImportError, UnsupportedBackend) as fault:
+        return {"unavailable": f"{fault}; install it with: pip install 'pagedkv[torch]'"}
+    facts: dict[str, Any] = {
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    }
+    for dtype in DTYPES:
+        try:
+            operator = choose_operator("cpu", getattr(torch, dtype)).NAME
+            facts[dtype] = f"{operator}, {_kernel(dtype) if compile_kernels else _on_disk()}"
+        except UnsupportedBackend as fault:
+            facts[dtype] = f"none: {fault}"
+    return facts
+
+
+def _kernel(dtype: str) -> str:
+    from pagedkv.device.cpu_kernel import warmup
+
+    start = time.perf_counter()
+    warmup((dtype,))
+    return f"kernel ready after {time.perf_counter() - start:.1f} s"
+
+
+def _on_disk() -> str:
+    """Whether numba's cache has a kernel younger than the kernel's sources."""
+    from pagedkv.device import cpu_kernel
+
+    here = Path(cpu_kernel.__file__).parent
+    newest = max(path.stat().st_mtime for path in (*here.glob("cpu_*.py"), here / "simd.py"))
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    found = Path(folder).rglob("cpu_kernel.*.nbc") if folder else here.rglob("cpu_kernel.*.nbc")
+    if any(path.stat().st_mtime > newest for path in found):
+        return "kernel cached on disk"
+    return "kernel compiles at first use"
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    host = facts["machine"]
+    memory = host["memory_bytes"]
+    lines = [f"{name:14}{text or 'not installed'}" for name, text in facts["versions"].items()]
+    lines += [
+        "",
+        f"{'processor':14}{host['cpu']}, {host['cores']} cores",
+        f"{'instructions':14}{' '.join(host['simd']) or 'unknown'}",
+        f"{'memory':14}{f'{memory / 2**30:.1f} GiB' if memory else 'unknown'}",
+        f"{'system':14}{host['system']}, {host['architecture']}",
+        f"{'threads':14}{_pairs(host['threads'])}",
+        "",
+        "attention",
+    ]
+    lines += [f"  {name:12}{text or 'none'}" for name, text in facts["attention"].items()]
+    lines += ["", f"{'model cache':14}{facts['model_cache']}"]
+    return lines + [f"{name}={value}" for name, value in facts["variables"].items()]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    shown = (f"{name} {value}" for name, value in values.items() if value is not None)
+    return ", ".join(shown) or "unset"

@@ -1,0 +1,120 @@
+"""What this runs on: versions, processor, memory, threads. No torch unless it is there already."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PACKAGES", "cpu_model", "machine", "simd", "threads", "versions"]
+
+PACKAGES = (
+    "torch",
+    "xformers",
+    "numba",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "msgspec",
+    "rich",
+    "matplotlib",
+)
+# The instructions that attention and matrix kernels choose between, oldest first.
+_SIMD = (
+    "sse4_2",
+    "avx",
+    "f16c",
+    "fma",
+    "avx2",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "asimdhp",
+    "bf16",
+    "sve",
+)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def versions() -> dict[str, str | None]:
+    """Return installed versions by package, Python and pagedkv first; None where one is absent."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    from pagedkv import __version__
+
+    found: dict[str, str | None] = {
+        "pagedkv": __version__,
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, the cores this process may use, the memory and the system."""
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "memory_bytes": _memory(),
+        "simd": simd(),
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "threads": threads(),
+    }
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads() -> dict[str, int | str | None]:
+    """Return torch's thread count, if torch is loaded, and the variables that set such counts."""
+    counts: dict[str, int | str | None] = {}
+    if "torch" in sys.modules:
+        counts["torch"] = sys.modules["torch"].get_num_threads()
+    return counts | {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+
+
+def cpu_model() -> str:
+    """Return the processor's own name, or its architecture where the system does not tell."""
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "Hardware"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def simd() -> list[str]:
+    """Return the vector instructions that the processor has, of those that kernels care about."""
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            present = set(value.split())
+            return [name for name in _SIMD if name in present]
+    return []
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
