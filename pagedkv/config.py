@@ -121,6 +121,9 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
         granularity: What decides on eviction together and shares a block table: a whole
             ``sequence``, each ``layer``, or each KV ``head`` of each layer.
         eviction: The policy of requests that bring none: a preset or an expression.
+        reclaim: Which cached blocks are reused first: least recently used (``lru``), first freed
+            first (``fifo``), least often found (``lfu``), never found before found once
+            (``slru``), or by the ``priority`` of the requests that used them.
         enable_prefix_caching: Keep the blocks of finished sequences for prompts that begin alike.
         enable_kv_cache_events: Record what becomes findable and what is reclaimed.
     """
@@ -132,6 +135,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     granularity: Literal["sequence", "layer", "head"] = "sequence"
     eviction: str = "full"
+    reclaim: Literal["lru", "fifo", "lfu", "slru", "priority"] = "lru"
     enable_prefix_caching: bool = True
     enable_kv_cache_events: bool = False
 

@@ -7,6 +7,7 @@ import pytest
 from pagedkv import CacheConfig, Engine, Scheduler, StepResult
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.pool import BlockPool
+from pagedkv.core.reclaim import CachedOrder
 from pagedkv.core.prefix import PrefixIndex
 from pagedkv.core.table import SequenceTable
 from tests.conftest import OWNERS, Auditor
@@ -20,7 +21,9 @@ def test_it_knows_who_owns_state():
 def test_it_records_every_owner_that_a_test_makes(auditor):
     Scheduler()
     BlockPool(3)
-    assert Counter(type(owner) for owner in auditor.owners) == Counter([*OWNERS, BlockPool])
+    assert Counter(type(owner) for owner in auditor.owners) == Counter(
+        [*OWNERS, BlockPool, CachedOrder]
+    )
 
 
 def corrupt_sequence_id(scheduler):

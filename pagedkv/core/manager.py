@@ -35,7 +35,7 @@ class BlockManager:
         self.num_groups = num_groups
         self.enable_prefix_caching = config.enable_prefix_caching
         num_blocks = config.num_blocks or DEFAULT_NUM_BLOCKS
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, config.reclaim)
         self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
         self.index = PrefixIndex(num_blocks, num_groups)
         self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
@@ -82,8 +82,9 @@ class BlockManager:
         self.table.num_computed[row] = tokens
         self.table.next_position[row] = tokens
         self.table.num_resident[:, row] = tokens
-        if not seq.num_preemptions:
+        if not seq.num_preemptions:  # what a preempted one finds again is its own, and no merit
             seq.num_cached_tokens = tokens
+            self.pool.cached.hit(hits.ravel(), seq.request.priority)
 
     # Growth
 
@@ -189,6 +190,10 @@ class BlockManager:
             for i in range(first, full)
             if self.index.insert(seq.hashes[i], table.block_table[groups, row, i - gone])
         ]
+        if fresh:
+            at = np.array(fresh)[:, None] - gone
+            stored = table.block_table[groups, row, at]
+            self.pool.cached.stored(stored.ravel(), seq.request.priority)
         if self._events is not None:
             for begin, end in _runs(fresh):
                 self._events.append(self._stored(row, seq.hashes, begin, end))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.reclaim import CachedOrder
 from pagedkv.errors import InvalidTransition, OutOfBlocks
 
 __all__ = ["BlockPool"]
@@ -13,33 +14,29 @@ class BlockPool:
 
     A block is held (its count is above 0), blank (free, content worthless) or cached (free,
     content still worth finding). Blank blocks are handed out first, last freed first; then cached
-    ones, first freed first. Every operation is a few numpy calls for any number of blocks.
+    ones in the order of ``reclaim``. Every operation is a few numpy calls for any number of blocks.
 
-    The cached order is a queue with lazy deletion: an entry counts only while `_place` still
-    points at it, so taking a block out of the middle is one write. When the queue's end is
-    reached, the live entries move to the front: amortised constant cost per block.
+    Args:
+        num_blocks: Blocks in the pool.
+        reclaim: The order in which cached blocks are reused: a name of `reclaim.HIT_LEVEL`.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, reclaim: str = "lru") -> None:
         self.num_blocks = num_blocks
         self.ref_count: Int32 = np.zeros(num_blocks, np.int32)
         self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_blank = num_blocks
-        self._queue: Int32 = np.zeros(2 * num_blocks, np.int32)
-        self._head = 0
-        self._tail = 0
-        self._place: Int32 = np.full(num_blocks, -1, np.int32)
-        self._num_cached = 0
+        self.cached = CachedOrder(num_blocks, reclaim)
 
     @property
     def num_cached(self) -> int:
         """Free blocks whose content can still be found."""
-        return self._num_cached
+        return len(self.cached)
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give now: blank and cached."""
-        return self._num_blank + self._num_cached
+        return self._num_blank + len(self.cached)
 
     @property
     def num_held(self) -> int:
@@ -63,7 +60,8 @@ class BlockPool:
         self._num_blank -= from_blank
         ids = self._blank[self._num_blank : self._num_blank + from_blank][::-1].copy()
         if from_blank < count:
-            ids = np.concatenate([ids, self._pop_cached(count - from_blank)])
+            ids = np.concatenate([ids, self.cached.pop(count - from_blank)])
+        self.cached.reset(ids)
         self.ref_count[ids] = 1
         return ids
 
@@ -74,11 +72,11 @@ class BlockPool:
             InvalidTransition: A block is neither held nor cached; nothing changes.
         """
         revived = np.unique(ids[self.ref_count[ids] == 0])
-        if (self._place[revived] < 0).any():
-            wrong = int(revived[self._place[revived] < 0][0])
+        found = self.cached.holds(revived)
+        if not found.all():
+            wrong = int(revived[~found][0])
             raise InvalidTransition("shared though it is blank", where=f"block {wrong}")
-        self._place[revived] = -1
-        self._num_cached -= len(revived)
+        self.cached.remove(revived)
         np.add.at(self.ref_count, ids, 1)
 
     def release(self, ids: Int32, findable: Bool) -> None:
@@ -105,62 +103,24 @@ class BlockPool:
             freed = freed[np.sort(len(freed) - 1 - last)]
         keep = findable[freed]
         self._push_blank(ids[freed[~keep]])
-        self._push_cached(ids[freed[keep]])
+        self.cached.push(ids[freed[keep]])
 
     def forget(self, ids: Int32) -> None:
         """Turn those of ``ids`` that are cached into blank ones; held ones are left alone."""
-        cached = ids[self._place[ids] >= 0]
-        self._place[cached] = -1
-        self._num_cached -= len(cached)
+        cached = ids[self.cached.holds(ids)]
+        self.cached.remove(cached)
         self._push_blank(cached)
 
     def _push_blank(self, ids: Int32) -> None:
         self._blank[self._num_blank : self._num_blank + len(ids)] = ids
         self._num_blank += len(ids)
 
-    def _push_cached(self, ids: Int32) -> None:
-        if self._tail + len(ids) > len(self._queue):
-            live = self._live(self._head, self._tail)
-            self._queue[: len(live)] = live
-            self._place[live] = np.arange(len(live), dtype=np.int32)
-            self._head, self._tail = 0, len(live)
-        end = self._tail + len(ids)
-        self._queue[self._tail : end] = ids
-        self._place[ids] = np.arange(self._tail, end, dtype=np.int32)
-        self._tail = end
-        self._num_cached += len(ids)
-
-    def _live(self, start: int, end: int) -> Int32:
-        window = self._queue[start:end]
-        live: Int32 = window[self._place[window] == np.arange(start, end)]
-        return live
-
-    def _pop_cached(self, count: int) -> Int32:
-        """Take the ``count`` longest free cached blocks; the caller knows there are as many."""
-        taken: list[Int32] = []
-        missing = count
-        reach = max(2 * count, 64)
-        while missing:
-            end = min(self._head + reach, self._tail)
-            reach *= 2  # a long dead stretch is crossed in few strides
-            window = self._queue[self._head : end]
-            live = np.flatnonzero(self._place[window] == np.arange(self._head, end))[:missing]
-            taken.append(window[live])
-            missing -= len(live)
-            self._head = end if missing else self._head + int(live[-1]) + 1
-        ids = np.concatenate(taken)
-        self._place[ids] = -1
-        self._num_cached -= count
-        return ids
-
     def audit(self) -> None:
         """Check every invariant; AssertionError names the one that does not hold. O(blocks)."""
         assert (self.ref_count >= 0).all(), "a reference count is negative"
         blank = self._blank[: self._num_blank]
-        cached = self._live(self._head, self._tail)
-        assert len(cached) == self._num_cached, "cached blocks are miscounted"
-        assert (self._place >= 0).sum() == self._num_cached, "a place points outside the queue"
-        free = np.concatenate([blank, cached])
+        self.cached.audit()
+        free = np.concatenate([blank, self.cached.all()])
         assert len(np.unique(free)) == len(free), "a block is free twice"
         assert (self.ref_count[free] == 0).all(), "a free block is held"
         held = int((self.ref_count > 0).sum())

@@ -4,6 +4,7 @@ Everything that affects the lifecycle lives in this file: `TRANSITIONS` is the w
 """
 
 import enum
+import math
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Ids
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -31,6 +32,7 @@ __all__ = [
 
 FULL = Policy()
 UNBOUNDED = 2**30
+LARGEST_PRIORITY = 2**20
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
@@ -98,6 +100,10 @@ class Request(Struct, frozen=True, kw_only=True):
         request_id: The caller's name for it; unique among the requests of a scheduler.
         prompt_token_ids: The prompt.
         sampling: How to draw.
+        priority: Lower is sooner, where the scheduler or the cache goes by priority.
+        tenant: On whose account it runs, where the scheduler shares fairly or holds quotas.
+        arrival: When it came, in seconds of the caller's clock; only its order counts, and only
+            between requests of equal rank. The order of `Scheduler.add` decides what is left.
         cache_salt: Prompts share cached blocks only with prompts of the same salt.
         eviction: What its sequences may forget: a policy, a preset or an expression; None takes
             the cache's.
@@ -109,6 +115,9 @@ class Request(Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: Ids[int] | Int32
     sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+    tenant: str = ""
+    arrival: float = 0.0
     cache_salt: str = ""
     eviction: str | Policy | None = None
 
@@ -116,16 +125,20 @@ class Request(Struct, frozen=True, kw_only=True):
         for name, kinds in (
             ("request_id", (str,)),
             ("sampling", (SamplingParams,)),
+            ("priority", (int,)),
+            ("tenant", (str,)),
+            ("arrival", (int, float)),
             ("cache_salt", (str,)),
             ("eviction", (str, Policy, type(None))),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kinds):
+            if not isinstance(value, kinds) or isinstance(value, bool):
                 raise InvalidRequest(
                     f"{name} is {value!r}",
                     where=f"request {self.request_id!r}",
                     remedy=f"give {' or '.join(kind.__name__ for kind in kinds)}",
                 )
+        self._check_rank()
         try:
             self.cache_salt.encode()
         except UnicodeEncodeError:
@@ -134,6 +147,19 @@ class Request(Struct, frozen=True, kw_only=True):
                 where=f"request {self.request_id!r}",
                 remedy="give text that can be encoded as UTF-8",
             ) from None
+
+    def _check_rank(self) -> None:
+        where = f"request {self.request_id!r}"
+        if abs(self.priority) > LARGEST_PRIORITY:
+            raise InvalidRequest(
+                f"priority is {self.priority}",
+                where=where,
+                remedy=f"give a number from {-LARGEST_PRIORITY} to {LARGEST_PRIORITY}",
+            )
+        if not math.isfinite(self.arrival):
+            raise InvalidRequest(
+                f"arrival is {self.arrival}", where=where, remedy="give seconds as a finite number"
+            )
 
 
 class Status(enum.IntEnum):

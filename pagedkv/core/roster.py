@@ -59,6 +59,7 @@ class Roster:
             self.unforked[seq.seq_id] = seq
         cached = len(hits) * self._manager.block_size
         if seq.num_preemptions:
+            self._totals.resumed_tokens += len(seq.token_ids)
             self._totals.resumed_tokens_cached += cached
             self._totals.recomputed_tokens += max(0, seq.num_computed - cached)
         else:

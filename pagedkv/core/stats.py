@@ -15,6 +15,7 @@ class Totals(Struct, kw_only=True):
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     recomputed_tokens: int = 0
+    resumed_tokens: int = 0
     resumed_tokens_cached: int = 0
 
 
@@ -25,7 +26,8 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
         prompt_tokens: Prompt tokens of admitted sequences, cached ones included.
         prompt_tokens_cached: Those that the prefix cache spared at the first admission.
         recomputed_tokens: Tokens computed again because their sequence had been preempted.
-        resumed_tokens_cached: Tokens the prefix cache spared when it was resumed.
+        resumed_tokens: Known tokens of sequences admitted again after a preemption.
+        resumed_tokens_cached: Those that the prefix cache spared; never part of its hits above.
     """
 
     num_running: int
@@ -40,6 +42,7 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     prompt_tokens_cached: int
     generation_tokens: int
     recomputed_tokens: int
+    resumed_tokens: int
     resumed_tokens_cached: int
 
     @property

@@ -11,9 +11,9 @@ from tests.core.refusals import refused, snapshot
 def test_the_snapshot_notices_a_change(busy):
     before = snapshot(busy)
     assert snapshot(busy) == before
-    busy.scheduler.manager.pool._queue[-1] += 1
+    busy.scheduler.manager.pool.cached._level[-1] += 1
     assert snapshot(busy) != before
-    busy.scheduler.manager.pool._queue[-1] -= 1
+    busy.scheduler.manager.pool.cached._level[-1] -= 1
     assert snapshot(busy) == before
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagedkv import InvalidTransition, OutOfBlocks
 from pagedkv.core.pool import BlockPool
+from pagedkv.core.reclaim import HIT_LEVEL
 
 
 def ids(*numbers):
@@ -23,9 +24,12 @@ def keep(*flags):
 class PoolTwins(RuleBasedStateMachine):
     """A `BlockPool` and a naive model do the same; ids, counts and order must agree."""
 
-    @initialize(num_blocks=st.integers(1, 9))
-    def make(self, num_blocks):
-        self.pool = BlockPool(num_blocks)
+    @initialize(num_blocks=st.integers(1, 9), order=st.sampled_from(sorted(HIT_LEVEL)))
+    def make(self, num_blocks, order):
+        self.order = order
+        self.pool = BlockPool(num_blocks, order)
+        self.level = Counter()
+        self.era = 0
         self.blank = list(range(num_blocks))[::-1]
         self.cached = []
         self.refs = Counter()
@@ -35,9 +39,46 @@ class PoolTwins(RuleBasedStateMachine):
         return len(self.blank) + len(self.cached)
 
     def take(self, count):
-        taken = [self.blank.pop() if self.blank else self.cached.pop(0) for _ in range(count)]
+        taken = [self.blank.pop() if self.blank else self.reclaim() for _ in range(count)]
         self.refs.update(taken)
+        for block in taken:
+            self.level[block] = 0
         return taken
+
+    def reclaim(self):
+        block = min(self.cached, key=lambda b: (self.level[b], self.cached.index(b)))
+        self.cached.remove(block)
+        return block
+
+    def free(self, freed):
+        """Cache blocks of one chain, its tail first."""
+        self.era += bool(freed)
+        least = -(2**31)
+        for block in freed:
+            if self.order == "fifo":
+                self.level[block] = self.level[block] or self.era
+            least = self.level[block] = max(least, self.level[block])
+            self.cached.append(block)
+        protected = [b for b in self.cached if self.level[b] == 1]
+        while self.order == "slru" and len(protected) > int(0.8 * self.pool.num_blocks):
+            block = protected.pop(0)
+            self.level[block] = 0
+            self.cached.remove(block)
+            self.cached.append(block)
+
+    @precondition(lambda self: self.refs)
+    @rule(data=st.data(), priority=st.integers(-2, 2), first=st.booleans())
+    def use(self, data, priority, first):
+        """A request finds held blocks, or has just computed them."""
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.refs)), unique=True))
+        (self.pool.cached.stored if first else self.pool.cached.hit)(ids(*chosen), priority)
+        for block in chosen:
+            if self.order == "priority":
+                self.level[block] = -priority if first else max(self.level[block], -priority)
+            elif self.order == "lfu" and not first:
+                self.level[block] += 1
+            elif self.order == "slru" and not first:
+                self.level[block] = 1
 
     @rule(count=st.integers(0, 10))
     def allocate(self, count):
@@ -68,10 +109,12 @@ class PoolTwins(RuleBasedStateMachine):
             return
         findable = {b: data.draw(st.booleans()) for b in sorted(set(chosen))}
         self.pool.release(ids(*chosen), keep(*[findable[b] for b in chosen]))
+        freed = []
         for i, block in enumerate(chosen):
             self.refs[block] -= 1
             if not self.refs[block] and block not in chosen[i + 1 :]:
-                (self.cached if findable[block] else self.blank).append(block)
+                (freed if findable[block] else self.blank).append(block)
+        self.free(freed)
         self.refs = +self.refs
 
     @rule(data=st.data())
@@ -100,7 +143,7 @@ class PoolTwins(RuleBasedStateMachine):
 
 
 TestPoolTwins = PoolTwins.TestCase
-TestPoolTwins.settings = settings(max_examples=40)
+TestPoolTwins.settings = settings(max_examples=80)
 
 
 def test_blank_blocks_come_back_last_freed_first():
@@ -186,6 +229,40 @@ def test_the_order_survives_any_number_of_turns_through_the_queue(rounds):
     assert pool.allocate(5).tolist() == held.tolist()
 
 
+ORDERS = {  # three chains of two, the second hit once, the third by an urgent request
+    "lru": [0, 1, 4, 5, 2, 3],
+    "fifo": [0, 1, 2, 3, 4, 5],
+    "lfu": [0, 1, 4, 5, 2, 3],
+    "slru": [0, 1, 4, 5, 2, 3],
+    "priority": [0, 1, 2, 3, 4, 5],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_of_reclaim(order):
+    pool = BlockPool(6, order)
+    pool.allocate(6)
+    for chain, priority in ((ids(0, 1), 0), (ids(2, 3), 0), (ids(4, 5), -1)):
+        pool.cached.stored(chain, priority)
+        pool.release(chain, keep(True, True))
+    pool.share(ids(2, 3))
+    pool.cached.hit(ids(2, 3), 0)
+    pool.release(ids(2, 3), keep(True, True))
+    assert pool.allocate(6).tolist() == ORDERS[order]
+
+
+@pytest.mark.parametrize("order", sorted(HIT_LEVEL))
+def test_every_order_takes_a_chain_from_its_leaf(order):
+    """The leaf was found more often, by someone more urgent, and freed in another order."""
+    pool = BlockPool(4, order)
+    pool.allocate(4)
+    pool.cached.stored(ids(0, 1, 2), 3)
+    pool.cached.hit(ids(2), -3)
+    pool.release(ids(2, 1, 0), keep(True, True, True))
+    pool.allocate(0)
+    assert pool.allocate(3).tolist() == [2, 1, 0]
+
+
 def corrupt_double_free(pool):
     pool._blank[pool._num_blank] = pool._blank[0]
     pool._num_blank += 1
@@ -204,15 +281,16 @@ def corrupt_negative_count(pool):
 
 
 def corrupt_cached_count(pool):
-    pool._num_cached += 1
+    pool.cached._count += 1
 
 
 def corrupt_queue(pool):
-    pool._queue[pool._head] = pool._queue[pool._head + 1]
+    line = pool.cached._lines[0]
+    line.ids[line.head] = line.ids[line.head + 1]
 
 
 def corrupt_place(pool):
-    pool._place[0] = 2 * pool.num_blocks - 1
+    pool.cached._place[0] = 2 * pool.num_blocks - 1
 
 
 @pytest.mark.parametrize(
@@ -237,4 +315,4 @@ def test_the_audit_finds(auditor, corrupt, finding):
         pool.audit()
     with pytest.raises(AssertionError, match=finding):
         auditor.audit()
-    auditor.excuse(pool)
+    auditor.excuse(pool, pool.cached)

@@ -1,0 +1,214 @@
+"""Which cached block to reuse first: an order is a level per block, and lines of equal level.
+
+Blocks of the lowest level go first; within a level the one that became free first. A sequence's
+blocks become free tail first and a block's level is never below that of a block behind it, so
+every order reclaims a chain from its leaf: what stays cached can be found from its root.
+"""
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+
+from pagedkv.core.arrays import Bool, Int32
+
+__all__ = ["HIT_LEVEL", "PROTECTED_SHARE", "CachedOrder"]
+
+PROTECTED_SHARE = 0.8
+"""``slru``: the most of the pool that blocks hit before may hold against new ones."""
+
+FIRST_LENGTH = 64
+LARGEST_LEVEL = 2**31 - 1
+
+HIT_LEVEL: dict[str, Callable[[Int32, int], Int32]] = {
+    # Least recently used: by the time it became free, nothing else.
+    "lru": lambda level, priority: level,
+    # First in, first out: the level is when it first became free; a hit does not renew it.
+    "fifo": lambda level, priority: level,
+    # Least frequently used: counts hits.
+    "lfu": lambda level, priority: level + np.int32(1),
+    # Segmented LRU (Karedla et al. 1994): hit once, it goes after all that never were.
+    "slru": lambda level, priority: np.full_like(level, 1),
+    # The most urgent request that has used it; a lower number is more urgent.
+    "priority": lambda level, priority: np.maximum(level, np.int32(-priority)),
+}
+"""Per order, the level of blocks after a request of some priority has found them."""
+
+
+class _Line:
+    """Block ids in the order they became free; an entry may be dead (its place is elsewhere)."""
+
+    __slots__ = ("count", "head", "ids", "tail")
+
+    def __init__(self) -> None:
+        self.ids: Int32 = np.zeros(FIRST_LENGTH, np.int32)
+        self.head = 0
+        self.tail = 0
+        self.count = 0
+
+
+class CachedOrder:
+    """The free blocks whose content can still be found, in the order they will be reclaimed.
+
+    Lines delete lazily: an entry counts only while `_place` still points at it, so taking a block
+    out of the middle is one write. A line that is full moves its live entries to the front, or
+    doubles if most are live: amortised constant cost per block, whatever the size of the pool.
+
+    Args:
+        num_blocks: Blocks in the pool.
+        order: A name of `HIT_LEVEL`.
+    """
+
+    def __init__(self, num_blocks: int, order: str = "lru") -> None:
+        self.order = order
+        self._level: Int32 = np.zeros(num_blocks, np.int32)
+        self._place: Int32 = np.full(num_blocks, -1, np.int32)
+        self._lines: dict[int, _Line] = {}
+        self._heap: list[int] = []  # levels that have a line, each once
+        self._count = 0
+        self._era = 0
+        self._most_protected = int(PROTECTED_SHARE * num_blocks)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def holds(self, ids: Int32) -> Bool:
+        """Return for each block whether it is in the order."""
+        return self._place[ids] >= 0
+
+    # What blocks are worth, while they are held
+
+    def reset(self, ids: Int32) -> None:
+        """Blocks lose their content, and with it what it was worth."""
+        self._level[ids] = 0
+
+    def stored(self, ids: Int32, priority: int) -> None:
+        """Blocks became findable, computed by a request of this priority."""
+        if self.order == "priority":
+            self._level[ids] = -priority
+
+    def hit(self, ids: Int32, priority: int) -> None:
+        """Blocks that are not in the order were found by a request of this priority."""
+        if self.order not in ("lru", "fifo"):
+            self._level[ids] = HIT_LEVEL[self.order](self._level[ids], priority)
+
+    # The order
+
+    def push(self, ids: Int32) -> None:
+        """Append blocks that just became free, of each sequence the tail first."""
+        if not len(ids):
+            return
+        self._count += len(ids)
+        if self.order == "lru":
+            self._append(0, ids)
+            return
+        if self.order == "fifo":
+            self._era += 1
+            fresh = ids[self._level[ids] == 0]
+            self._level[fresh] = self._era
+        # A parent stays at least as long as its child.
+        levels = np.maximum.accumulate(self._level[ids])
+        self._level[ids] = levels
+        for level in np.unique(levels).tolist():
+            self._append(level, ids[levels == level])
+        if self.order == "slru":
+            self._demote()
+
+    def _append(self, level: int, ids: Int32) -> None:
+        line = self._lines.get(level)
+        if line is None:
+            line = self._lines[level] = _Line()
+            heapq.heappush(self._heap, level)
+        if line.tail + len(ids) > len(line.ids):
+            self._make_room(level, line, len(ids))
+        end = line.tail + len(ids)
+        line.ids[line.tail : end] = ids
+        self._place[ids] = np.arange(line.tail, end, dtype=np.int32)
+        line.tail = end
+        line.count += len(ids)
+
+    def _make_room(self, level: int, line: _Line, more: int) -> None:
+        live = self._live(level, line, line.head, line.tail)
+        if 2 * (len(live) + more) > len(line.ids):
+            line.ids = np.zeros(2 * (len(live) + more), np.int32)
+        line.ids[: len(live)] = live
+        self._place[live] = np.arange(len(live), dtype=np.int32)
+        line.head, line.tail = 0, len(live)
+
+    def _live(self, level: int, line: _Line, start: int, end: int) -> Int32:
+        window = line.ids[start:end]
+        here = self._place[window] == np.arange(start, end)
+        live: Int32 = window[here & (self._level[window] == level)]
+        return live
+
+    def _demote(self) -> None:
+        """Send the longest free of too many protected blocks back to the unprotected ones."""
+        excess = self._lines[1].count - self._most_protected if 1 in self._lines else 0
+        if excess > 0:
+            ids = self._take(1, excess)
+            self._level[ids] = 0
+            self._append(0, ids)
+
+    def remove(self, ids: Int32) -> None:
+        """Take blocks out of the order; each is in it, and named once."""
+        if not len(ids):
+            return
+        self._place[ids] = -1
+        self._count -= len(ids)
+        levels, counts = np.unique(self._level[ids], return_counts=True)
+        for level, count in zip(levels.tolist(), counts.tolist(), strict=True):
+            self._lines[level].count -= count
+
+    def pop(self, count: int) -> Int32:
+        """Take the next ``count`` blocks: [count]; there must be as many."""
+        taken: list[Int32] = []
+        missing = count
+        while missing:
+            level = self._heap[0]
+            line = self._lines[level]
+            if line.count:
+                taken.append(self._take(level, min(missing, line.count)))
+                missing -= len(taken[-1])
+            if not line.count and self.order != "lru":
+                heapq.heappop(self._heap)
+                del self._lines[level]
+        ids = np.concatenate(taken)
+        self._place[ids] = -1
+        self._count -= count
+        return ids
+
+    def _take(self, level: int, count: int) -> Int32:
+        """Take the first ``count`` live entries of a line, which has as many."""
+        line = self._lines[level]
+        line.count -= count
+        taken: list[Int32] = []
+        reach = max(2 * count, FIRST_LENGTH)
+        while count:
+            end = min(line.head + reach, line.tail)
+            reach *= 2  # a long dead stretch is crossed in few strides
+            window = line.ids[line.head : end]
+            here = self._place[window] == np.arange(line.head, end)
+            live = np.flatnonzero(here & (self._level[window] == level))[:count]
+            taken.append(window[live])
+            count -= len(live)
+            line.head = end if count else line.head + int(live[-1]) + 1
+        return np.concatenate(taken)
+
+    def all(self) -> Int32:
+        """Return every block in the order, the next to go first. O(blocks)."""
+        live = [
+            self._live(level, self._lines[level], self._lines[level].head, self._lines[level].tail)
+            for level in sorted(self._lines)
+        ]
+        return np.concatenate([np.empty(0, np.int32), *live])
+
+    def audit(self) -> None:
+        """Check every invariant; AssertionError names the one that does not hold. O(blocks)."""
+        assert sorted(self._heap) == sorted(self._lines), "a level has no line"
+        for level, line in self._lines.items():
+            live = self._live(level, line, line.head, line.tail)
+            assert len(live) == line.count, "cached blocks are miscounted"
+        assert sum(line.count for line in self._lines.values()) == self._count, (
+            "cached blocks are miscounted"
+        )
+        assert (self._place >= 0).sum() == self._count, "a place points outside the queue"
