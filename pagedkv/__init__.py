@@ -35,7 +35,7 @@ from pagedkv.errors import (
 
 if TYPE_CHECKING:
     from pagedkv.device.llm import LLM
-    from pagedkv.device.outputs import CompletionOutput, RequestOutput
+    from pagedkv.device.outputs import CompletionOutput, RequestOutput, ScoreOutput
 
 __version__ = "0.1.0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "SchedulerStats",
+    "ScoreOutput",
     "StepOutput",
     "StepPlan",
     "StepResult",
@@ -76,6 +77,7 @@ _NEEDS_TORCH = {
     "LLM": "pagedkv.device.llm",
     "CompletionOutput": "pagedkv.device.outputs",
     "RequestOutput": "pagedkv.device.outputs",
+    "ScoreOutput": "pagedkv.device.outputs",
 }
 
 

@@ -19,6 +19,8 @@ __all__ = [
     "Observation",
     "Observed",
     "Penalties",
+    "PromptLogprobs",
+    "PromptTargets",
     "SamplingBatch",
     "StepOutput",
     "StepPlan",
@@ -92,6 +94,38 @@ class Observed(Struct, frozen=True, kw_only=True, eq=False):
     mass: Float32
 
 
+class PromptTargets(Struct, frozen=True, kw_only=True, eq=False):
+    """The P prompt tokens of a step that want log-probabilities.
+
+    Attributes:
+        index: [P] Index into the packed tokens of the token before each.
+        seq_ids: [P] Their sequences.
+        place: [P] Where they stand in their prompts.
+        token_ids: [P] The tokens.
+        num_logprobs: [P] Alternatives to report.
+    """
+
+    index: Int32
+    seq_ids: Int64
+    place: Int32
+    token_ids: Int32
+    num_logprobs: Int32
+
+
+class PromptLogprobs(Struct, frozen=True, kw_only=True, eq=False):
+    """The answer to `PromptTargets`.
+
+    Attributes:
+        logprobs: [P] Each token's log-probability given those before it.
+        top_ids: [P, K] The likeliest tokens at its place, K the most that any asked for.
+        top_logprobs: [P, K] Their log-probabilities.
+    """
+
+    logprobs: Float32
+    top_ids: Int32
+    top_logprobs: Float32
+
+
 class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
     """What one step does: B sequences compute T tokens, S of them draw a token.
 
@@ -114,6 +148,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
         sample_index: [S] Index into the packed tokens whose logits are drawn from.
         sample_rows: [S] The table row that takes the drawn token.
         sampling: Parameters of the S draws.
+        prompt_targets: Prompt tokens that want log-probabilities; None if none does.
     """
 
     step: int
@@ -131,6 +166,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
     sample_index: Int32
     sample_rows: Int32
     sampling: SamplingBatch
+    prompt_targets: PromptTargets | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -147,6 +183,7 @@ class StepResult(Struct, frozen=True, kw_only=True, eq=False):
         logprobs: [S] Its log-probability, where any sample asked.
         top_ids: [S, K] The likeliest tokens, K the most any sample asked for.
         top_logprobs: [S, K] Their log-probabilities.
+        prompt_logprobs: The answer to the plan's prompt targets.
     """
 
     token_ids: Int32
@@ -154,6 +191,7 @@ class StepResult(Struct, frozen=True, kw_only=True, eq=False):
     logprobs: Float32 | None = None
     top_ids: Int32 | None = None
     top_logprobs: Float32 | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class StepOutput(Struct, frozen=True, kw_only=True, eq=False):
@@ -186,8 +224,8 @@ def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[A
     """Return a result's tokens, whatever integer type they came as, once it answers the plan.
 
     Raises:
-        InvalidTransition: It is not one whole number per sample, or its observations are not of
-            the plan's shapes.
+        InvalidTransition: It is not one whole number per sample, or its observations or prompt
+            log-probabilities are not of the plan's shapes.
     """
     drawn = np.asarray(result.token_ids)
     if not drawn.size:
@@ -208,5 +246,13 @@ def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[A
             f"the result's observations are not of the shapes {wanted}",
             where="commit",
             remedy="answer every observation of the plan, in order",
+        )
+    asked = 0 if plan.prompt_targets is None else len(plan.prompt_targets.index)
+    given = 0 if result.prompt_logprobs is None else len(result.prompt_logprobs.logprobs)
+    if asked != given:
+        raise InvalidTransition(
+            f"the result has {given} prompt log-probabilities for {asked} prompt targets",
+            where="commit",
+            remedy="answer every prompt target of the plan, in order",
         )
     return drawn

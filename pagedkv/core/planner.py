@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32
-from pagedkv.core.plan import StepPlan
+from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.retention import Retention
 from pagedkv.core.table import SequenceTable
 
@@ -54,6 +54,29 @@ def build_plan(
         sample_index=sample_index,
         sample_rows=sample_rows,
         sampling=table.sampling_batch(sample_rows),
+        prompt_targets=_prompt_targets(table, rows, member, offset),
+    )
+
+
+def _prompt_targets(
+    table: SequenceTable, rows: Int32, member: Int64, offset: Int32
+) -> PromptTargets | None:
+    """Return the prompt tokens that packed tokens [T] predict and that want log-probabilities."""
+    if (table.prompt_logprobs[rows] < 0).all():
+        return None
+    row = rows[member]
+    place = table.num_computed[row] + offset + 1
+    wanted = (table.prompt_logprobs[row] >= 0) & (place < table.num_prompt[row])
+    index = np.flatnonzero(wanted & (place > table.num_scored[row]))
+    if not len(index):
+        return None
+    row, place = row[index], place[index]
+    return PromptTargets(
+        index=index.astype(np.int32),
+        seq_ids=table.seq_id[row],
+        place=place,
+        token_ids=table.token_ids[row, place],
+        num_logprobs=table.prompt_logprobs[row],
     )
 
 

@@ -59,6 +59,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         stop_token_ids: Token ids that end the sequence, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence tokens.
         logprobs: Report this many likeliest alternatives per token; 0 only the token's own.
+        prompt_logprobs: The same for the prompt's tokens after the first. All of them are then
+            computed: none is taken from the prefix cache.
         repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
         presence_penalty: Subtracted from the logit of every token already generated.
         frequency_penalty: The same, times how often it was generated.
@@ -78,6 +80,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -250,6 +253,8 @@ class Sequence:
         evictions: The rounds that cost it blocks, by the tokens computed at that time.
         saved: Its scores at the last preemption, if it was evicting.
         num_computed: The tokens that were computed when it last left its row.
+        num_scored: The most that were ever computed when it left: the prompt tokens up to there
+            have had their log-probabilities.
     """
 
     __slots__ = (
@@ -263,6 +268,7 @@ class Sequence:
         "num_computed",
         "num_preemptions",
         "num_prompt",
+        "num_scored",
         "policy",
         "request",
         "row",
@@ -296,6 +302,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_computed = 0
         self.num_preemptions = 0
+        self.num_scored = 0
 
     @property
     def group(self) -> "list[Sequence]":

@@ -100,6 +100,7 @@ class Roster:
         known = self._table.num_known[seq.row]
         seq.token_ids = self._table.token_ids[seq.row, :known].copy()
         seq.num_computed = int(self._table.num_computed[seq.row])
+        seq.num_scored = max(seq.num_scored, seq.num_computed)
         self._manager.release(np.array([member.row for member in seq.group], np.int32))
         self.unforked.pop(seq.seq_id, None)
         for member in seq.group:

@@ -85,6 +85,8 @@ class Scheduler:
         for seq in group:
             seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
             seq.max_prefix = self.retention.usable_prefix(policy)
+            if request.sampling.prompt_logprobs is not None:
+                seq.max_prefix = 0  # a token that is not computed has no log-probability
         self._next_seq_id += len(group)
         self._roster.enlist(group)
         return [seq.seq_id for seq in group]

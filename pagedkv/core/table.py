@@ -32,6 +32,8 @@ class SequenceTable:
         next_position: The position that the next token's query and key are rotated to.
         num_evicted: Tokens that eviction has forgotten, summed over groups.
         forfeited: The attention mass they had when they went, summed over groups.
+        prompt_logprobs: Alternatives to report per prompt token; -1 reports nothing.
+        num_scored: Prompt tokens up to here have had their log-probabilities.
         replay_until: While fewer tokens are computed, logged evictions are done over again.
         block_table: [groups, rows, width] Block ids in order of position.
         first_position: Beside it, where each block's first token stands in its sequence.
@@ -60,6 +62,8 @@ class SequenceTable:
         self.next_position: Int32 = np.zeros(rows, np.int32)
         self.num_evicted: Int64 = np.zeros(rows, np.int64)
         self.forfeited: Float64 = np.zeros(rows, np.float64)
+        self.prompt_logprobs: Int32 = np.full(rows, -1, np.int32)
+        self.num_scored: Int32 = np.zeros(rows, np.int32)
         self.replay_until: Int32 = np.zeros(rows, np.int32)
         entries = (num_groups, rows, FIRST_WIDTH)
         self.block_table: Int32 = np.zeros(entries, np.int32)
@@ -117,6 +121,9 @@ class SequenceTable:
                 column[row] = getattr(params, name)
         self.sampling["seed"][row] = seq.seed
         self.sampling["num_logprobs"][row] = -1 if params.logprobs is None else params.logprobs
+        wanted = params.prompt_logprobs
+        self.prompt_logprobs[row] = -1 if wanted is None else wanted
+        self.num_scored[row] = seq.num_scored
         self.sequences[row] = seq
 
     def _bind_stops(self, row: int, stop_ids: list[int]) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.core.plan import StepOutput, StepPlan, StepResult
+from pagedkv.core.arrays import Float32, Int32
+from pagedkv.core.plan import PromptLogprobs, PromptTargets, StepOutput, StepPlan, StepResult
 from pagedkv.core.request import FinishedSequence, Request
 from pagedkv.device.outputs import CompletionOutput, Logprob, RequestOutput
 from pagedkv.device.text import TextStream
@@ -21,6 +22,7 @@ class _Tracked:
         self.seq_ids = seq_ids
         self.completions: list[CompletionOutput | None] = [None] * len(seq_ids)
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = []
 
 
 class _Watched:
@@ -50,6 +52,7 @@ class OutputCollector:
         self._hidden = hidden
         self._requests: dict[str, _Tracked] = {}
         self._watched: dict[int, _Watched] = {}
+        self._scored: dict[int, _Tracked] = {}  # by the sequence that computes the prompt
 
     def track(
         self, request: Request, prompt: str | None, seq_ids: list[int], *, streams: bool = False
@@ -61,6 +64,9 @@ class OutputCollector:
         """
         tracked = self._requests[request.request_id] = _Tracked(request, prompt, seq_ids)
         params = request.sampling
+        if params.prompt_logprobs is not None:
+            tracked.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            self._scored[seq_ids[0]] = tracked
         if streams or params.stop or params.logprobs is not None:
             for index, seq_id in enumerate(seq_ids):
                 text = TextStream(self._tokenizer, params.stop, hidden=self._hidden)
@@ -69,11 +75,13 @@ class OutputCollector:
     def observe(
         self, plan: StepPlan, result: StepResult, output: StepOutput
     ) -> list[tuple[int, str]]:
-        """Take in a step's tokens for the sequences that are watched.
+        """Take in a step's tokens for the sequences that are watched, and what it scored.
 
         Returns:
             The sequences whose text now holds a stop string, and the string.
         """
+        if plan.prompt_targets is not None and result.prompt_logprobs is not None:
+            self._take_scores(plan.prompt_targets, result.prompt_logprobs)
         if not self._watched:
             return []
         seen = np.isin(output.seq_ids, np.fromiter(self._watched, np.int64, len(self._watched)))
@@ -91,6 +99,14 @@ class OutputCollector:
                 stops.append((seq_id, watched.text.stopped))
         return stops
 
+    def _take_scores(self, targets: PromptTargets, scores: PromptLogprobs) -> None:
+        for i, seq_id in enumerate(targets.seq_ids.tolist()):
+            if seq_id in self._scored:  # it may have been aborted meanwhile
+                place, token = int(targets.place[i]), int(targets.token_ids[i])
+                self._scored[seq_id].prompt_logprobs[place] = _entries(
+                    token, scores.logprobs[i], scores.top_ids[i], scores.top_logprobs[i]
+                )
+
     def finish(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
         """Take in sequences that ended; return the requests that are complete with them."""
         complete = []
@@ -105,6 +121,7 @@ class OutputCollector:
 
     def _completion(self, end: FinishedSequence) -> CompletionOutput:
         watched = self._watched.pop(end.seq_id, None)
+        self._scored.pop(end.seq_id, None)
         reason, stop_reason, logprobs = end.finish_reason, end.stop_reason, None
         if watched is None:
             text = self._decode(end.token_ids)
@@ -158,6 +175,7 @@ class OutputCollector:
             prompt_token_ids=list(map(int, tracked.request.prompt_token_ids)),
             outputs=outputs,
             num_cached_tokens=tracked.num_cached_tokens,
+            prompt_logprobs=tracked.prompt_logprobs or None,
             finished=None not in tracked.completions,
         )
 
@@ -174,14 +192,19 @@ class OutputCollector:
 def _logprobs(result: StepResult, sample: int, token: int, wanted: int) -> dict[int, Logprob]:
     """Return the drawn token's entry, then those of the ``wanted`` likeliest."""
     assert result.logprobs is not None
-    own = float(result.logprobs[sample])
-    entries = {token: Logprob(logprob=own)}
-    if wanted and result.top_ids is not None and result.top_logprobs is not None:
-        pairs = zip(
-            result.top_ids[sample, :wanted].tolist(),
-            result.top_logprobs[sample, :wanted].tolist(),
-            strict=True,
-        )
-        for rank, (top, logprob) in enumerate(pairs, 1):
-            entries[top] = Logprob(logprob=logprob, rank=rank)
+    assert result.top_ids is not None
+    assert result.top_logprobs is not None
+    top_ids, top = result.top_ids[sample, :wanted], result.top_logprobs[sample, :wanted]
+    return _entries(token, result.logprobs[sample], top_ids, top)
+
+
+def _entries(
+    token: int, logprob: np.float32, top_ids: Int32, top_logprobs: Float32
+) -> dict[int, Logprob]:
+    """Return a token's entry, then those of the likeliest in its place; ids of -1 fill."""
+    entries = {token: Logprob(logprob=float(logprob))}
+    pairs = zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)
+    for rank, (top, value) in enumerate(pairs, 1):
+        if top >= 0:
+            entries[top] = Logprob(logprob=value, rank=rank)
     return entries

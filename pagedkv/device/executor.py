@@ -1,6 +1,7 @@
 """Carries out step plans with torch."""
 
 import msgspec
+import numpy as np
 import torch
 
 from pagedkv.core.groups import GroupLayout
@@ -9,6 +10,7 @@ from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.bridge import forward
 from pagedkv.device.models import LoadedModel
 from pagedkv.device.operators import CpuPagedOp
+from pagedkv.device.prompt_scores import score_prompt
 from pagedkv.device.sampling import sample
 from pagedkv.device.store import KVStore, one_group
 
@@ -39,26 +41,39 @@ class TorchExecutor:
         self.operator = operator
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, run the packed tokens through the model, draw a token per sample."""
+        """Copy blocks, run the packed tokens through the model, draw a token per sample.
+
+        Cost:
+            Beside the model's own: a step's logits, one row of the vocabulary per draw and per
+            prompt token that wants its log-probability. None is kept.
+        """
         if len(plan.copies):
             copies = torch.from_numpy(plan.copies).long()
             self.store.copy_blocks(copies[:, 0], copies[:, 1])
         logits, observed = self.forward(plan)
-        result = sample(logits, plan.sampling)
+        num_samples = len(plan.sample_index)
+        result = sample(logits[:num_samples], plan.sampling)
+        if plan.prompt_targets is not None:
+            scores = score_prompt(logits[num_samples:], plan.prompt_targets)
+            result = msgspec.structs.replace(result, prompt_logprobs=scores)
         return msgspec.structs.replace(result, observed=observed) if observed else result
 
     def forward(self, plan: StepPlan) -> tuple[torch.Tensor, list[Observed]]:
         """Run a plan's tokens through the model.
 
         Returns:
-            The logits that its samples draw from, float32 [S, vocab], and what was observed.
+            The logits that its samples draw from and then those that predict its prompt targets,
+            float32 [S + P, vocab]; and what was observed.
         """
         step = PagedAttentionStep(plan, self.store, self.model.geometry, self.layout, self.operator)
+        index = plan.sample_index
+        if plan.prompt_targets is not None:
+            index = np.append(index, plan.prompt_targets.index)
         logits = forward(
             self.model,
             torch.from_numpy(plan.token_ids).long(),
             torch.from_numpy(plan.positions).long(),
             step,
-            torch.from_numpy(plan.sample_index).long(),
+            torch.from_numpy(index).long(),
         )
         return logits, step.observed()

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,9 +19,10 @@ from pagedkv.device.collector import OutputCollector
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.models import LoadedModel, load_model
-from pagedkv.device.outputs import RequestOutput
+from pagedkv.device.outputs import RequestOutput, ScoreOutput
 from pagedkv.device.store import KVStore, bytes_per_block, check_memory
 from pagedkv.errors import ConfigError, InvalidRequest
+from pagedkv.eviction import Policy
 
 __all__ = ["LLM", "Prompt"]
 
@@ -29,13 +31,15 @@ Prompt = str | Many[int] | Int32 | Mapping[str, Any]
 
 Message = Mapping[str, str]
 DEFAULT_KV_BYTES = 2**30
+_TEACHER_FORCED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
 
 
 class LLM:
     """A model served from a pool of KV blocks.
 
     Args:
-        model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id.
+        model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id; or what
+            `load_model` gave, which several of these may share.
         dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``.
         config: Pool and scheduler; its ``max_model_len`` is capped at the model's trained length.
         fields: Single fields of the config by name, such as ``num_blocks=512``; they win over
@@ -49,14 +53,14 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | LoadedModel = "smollm2-135m",
         *,
         dtype: str = "float32",
         config: EngineConfig | None = None,
         **fields: Any,
     ) -> None:
         asked = with_fields(config or EngineConfig(), **fields)
-        self.model: LoadedModel = load_model(model, dtype=dtype)
+        self.model = load_model(model, dtype=dtype) if isinstance(model, str) else model
         geometry = self.model.geometry
         length = fields.get("max_model_len") or min(
             asked.model.max_model_len, geometry.max_model_len
@@ -82,6 +86,7 @@ class LLM:
         prompts: Prompt | Many[Prompt],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
         *,
+        eviction: str | Policy | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Serve all prompts to their ends, batched continuously; outputs in the prompts' order.
@@ -89,12 +94,14 @@ class LLM:
         Args:
             prompts: One prompt or many.
             sampling_params: One for all, or one each; the defaults if omitted.
+            eviction: What these requests may forget; the config's if omitted.
             use_tqdm: Show a progress bar on stderr.
 
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
+            PolicyError: The eviction policy cannot be read or cannot hold here.
         """
-        order = self._add_all(_as_list(prompts), sampling_params, streams=False)
+        order = self._add_all(_as_list(prompts), sampling_params, eviction, streams=False)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(order), disable=not use_tqdm, unit="request") as bar:
             for _, finished in self._run(order):
@@ -106,6 +113,8 @@ class LLM:
         self,
         prompts: Prompt | Many[Prompt],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        eviction: str | Policy | None = None,
     ) -> Iterator[RequestOutput]:
         """Serve all prompts and yield each request whenever it has new tokens.
 
@@ -115,13 +124,51 @@ class LLM:
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
         """
-        order = self._add_all(_as_list(prompts), sampling_params, streams=True)
+        order = self._add_all(_as_list(prompts), sampling_params, eviction, streams=True)
         return self._stream(order)
 
     def _stream(self, order: list[str]) -> Iterator[RequestOutput]:
         for partial, finished in self._run(order, streams=True):
             yield from partial
             yield from finished
+
+    def score(
+        self,
+        token_ids: Many[int] | Many[Many[int]] | Int32,
+        *,
+        eviction: str | Policy | None = None,
+    ) -> list[ScoreOutput]:
+        """Return the log-probabilities of given tokens, each given those before it.
+
+        The tokens run as a prompt does: in steps of the scheduler, through the same attention, with
+        rounds of eviction between the policy's chunks. ``chunk`` at the block size is closest to
+        what generation does, which holds a round at every block.
+
+        Args:
+            token_ids: One sequence of at least two tokens, or many; they are batched.
+            eviction: What may be forgotten; the config's if omitted.
+
+        Returns:
+            One output per sequence, in order.
+
+        Raises:
+            InvalidRequest, NeverFits: A sequence cannot be served; then none of them runs.
+            PolicyError: The eviction policy cannot be read or cannot hold here.
+            PagedKVError: A sequence ended with an error while it ran.
+
+        Cost:
+            A prefill and, at every token, the vocabulary; a step's logits are in memory at once.
+        """
+        many = _as_list(token_ids)
+        short = [i for i, tokens in enumerate(many) if isinstance(tokens, str) or len(tokens) < 2]
+        if short:
+            raise InvalidRequest(
+                "it is not two tokens or more",
+                where=f"sequence {short[0]} of token_ids",
+                remedy="give token ids; the first is predicted by nothing and has no score",
+            )
+        outputs = self.generate(many, _TEACHER_FORCED, eviction=eviction)
+        return [ScoreOutput.of(output) for output in outputs]
 
     def abort(self, request_id: str) -> None:
         """End a request that `stream` is serving; its last output says ``abort``.
@@ -171,12 +218,15 @@ class LLM:
         self,
         prompts: list[Prompt],
         params: SamplingParams | Many[SamplingParams] | None,
+        eviction: str | Policy | None,
         *,
         streams: bool,
     ) -> list[str]:
         """Queue all prompts or, if one is refused, none; return their request ids."""
         each = _per_prompt(params, len(prompts))
-        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        requests = [
+            self._request(prompt, one, eviction) for prompt, one in zip(prompts, each, strict=True)
+        ]
         added: list[str] = []
         try:
             for request, text in requests:
@@ -188,7 +238,9 @@ class LLM:
             raise
         return added
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[Request, str | None]:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, eviction: str | Policy | None
+    ) -> tuple[Request, str | None]:
         request_id = str(self._num_requests)
         self._num_requests += 1
         text, token_ids, salt = None, prompt, ""
@@ -208,6 +260,7 @@ class LLM:
             prompt_token_ids=token_ids,  # type: ignore[arg-type]
             sampling=params,
             cache_salt=salt,
+            eviction=eviction,
         )
         return request, text
 
@@ -292,7 +345,7 @@ def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     many = list(prompts)
-    if many and isinstance(many[0], int):
+    if many and isinstance(many[0], int | np.integer):
         return [many]
     return many
 

@@ -1,8 +1,12 @@
 """What a user gets back, in vLLM's words."""
 
+import numpy as np
 from msgspec import Struct
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+from pagedkv.core.arrays import Float32, Int32
+from pagedkv.errors import PagedKVError
+
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput"]
 
 
 class Logprob(Struct, frozen=True, kw_only=True):
@@ -60,6 +64,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True):
 
     Attributes:
         num_cached_tokens: Prompt tokens that the prefix cache spared.
+        prompt_logprobs: Per prompt token, id to log-probability, the token itself first; None for
+            the first token, which nothing predicts. None as a whole if not asked for.
         finished: Whether every sequence has ended.
     """
 
@@ -68,6 +74,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = True
 
     @property
@@ -104,3 +111,56 @@ class RequestOutput(Struct, frozen=True, kw_only=True):
     def forfeited_mass(self) -> float:
         """The attention mass that its sequences have forfeited, all together."""
         return sum(output.forfeited_mass for output in self.outputs)
+
+
+class ScoreOutput(Struct, frozen=True, kw_only=True, eq=False):
+    """The log-probabilities of given tokens under an eviction policy, and what it forgot.
+
+    T is the number of tokens; the first is predicted by nothing.
+
+    Attributes:
+        token_ids: The tokens.
+        logprobs: [T - 1] Of each token after the first, given those before it that were still
+            resident.
+        greedy: [T - 1] The likeliest token in each one's place.
+        num_evicted_tokens: As in `CompletionOutput`.
+        forfeited_mass: As in `CompletionOutput`.
+        num_preemptions: As in `CompletionOutput`.
+    """
+
+    token_ids: list[int]
+    logprobs: Float32
+    greedy: Int32
+    num_evicted_tokens: float = 0.0
+    forfeited_mass: float = 0.0
+    num_preemptions: int = 0
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> "ScoreOutput":
+        """Read the scores of a request that asked for its prompt's and the likeliest tokens'.
+
+        Raises:
+            PagedKVError: The request ended with an error.
+        """
+        if error := output.outputs[0].error:
+            raise PagedKVError(error)
+        assert output.prompt_logprobs is not None
+        logprobs = np.empty(len(output.prompt_token_ids) - 1, np.float32)
+        greedy = np.empty(len(logprobs), np.int32)
+        for i, entries in enumerate(output.prompt_logprobs[1:]):
+            assert entries is not None
+            logprobs[i] = entries[output.prompt_token_ids[i + 1]].logprob
+            greedy[i] = next((token for token, entry in entries.items() if entry.rank == 1), -1)
+        return cls(
+            token_ids=output.prompt_token_ids,
+            logprobs=logprobs,
+            greedy=greedy,
+            num_evicted_tokens=output.num_evicted_tokens,
+            forfeited_mass=output.forfeited_mass,
+            num_preemptions=output.num_preemptions,
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-probability."""
+        return float(np.exp(-self.logprobs.mean(dtype=np.float64)))

@@ -17,7 +17,7 @@ from pagedkv.core.arrays import Float32, Int32
 from pagedkv.core.plan import Penalties, SamplingBatch, StepResult
 from pagedkv.errors import InvalidRequest
 
-__all__ = ["sample", "uniforms"]
+__all__ = ["sample", "token_logprobs", "uniforms"]
 
 _UInt64 = npt.NDArray[np.uint64]
 _Index = npt.NDArray[np.intp]
@@ -331,12 +331,27 @@ def _with_logprobs(raw: Tensor, ids: Int32, wanted: Int32) -> StepResult:
     rows = np.flatnonzero((wanted >= 0) & (ids >= 0))
     if rows.size:
         own = _rows_of(raw, rows)
-        logprobs[rows], top_ids[rows], top[rows] = _logprobs(own, ids[rows], wanted[rows], width)
+        logprobs[rows], top_ids[rows], top[rows] = token_logprobs(
+            own, ids[rows], wanted[rows], width
+        )
     return StepResult(token_ids=ids, logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
 
 
-def _logprobs(x: Tensor, ids: Int32, wanted: Int32, width: int) -> tuple[Float32, Int32, Float32]:
-    """Return the drawn tokens' log-probabilities [R] and the likeliest's ids and own [R, width]."""
+def token_logprobs(
+    x: Tensor, ids: Int32, wanted: Int32, width: int
+) -> tuple[Float32, Int32, Float32]:
+    """Return the given tokens' log-probabilities, and the likeliest tokens of each row.
+
+    Args:
+        x: [R, V] float32 logits.
+        ids: [R] A token of each row.
+        wanted: [R] How many of the likeliest each row asks for, at most ``width``.
+        width: K, the width of what is returned.
+
+    Returns:
+        [R] log-probabilities of ``ids``, then ids [R, K] and log-probabilities [R, K] of the
+        likeliest; -1 and NaN beyond what a row asked for.
+    """
     y = _below_peak(x, x.amax(-1))
     total = _blocks(_weights(y)).sum(-1).sum(-1, keepdim=True)
     log_total = (total.double() / _ONE).log()
