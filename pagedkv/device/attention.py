@@ -139,19 +139,23 @@ class PagedAttentionStep:
         query, keys, values, out = tensors
         assert bias.block_lse is not None
         assert bias.lse is not None
-        tokens = self._plan.num_tokens
-        for table in range(self._tables):
+        tables, tokens, first = self._tables, self._plan.num_tokens, self._layout.group_of[layer]
+        heads, width = bias.block_lse.shape[1:]
+        block_lse = bias.block_lse.view(tables, tokens, heads, width)
+        lse = bias.lse.view(heads, tables, tokens)
+        observer.take(first, block_lse, lse)
+        for table in range(tables if observer.looks_closer else 0):
             part = slice(table * tokens, (table + 1) * tokens)
             own = query[part], keys, values, out[part]
             view = LayerView(
-                block_lse=bias.block_lse[part],
-                lse=bias.lse[:, part],
+                block_lse=block_lse[table],
+                lse=lse[:, table],
                 block_error=self._errors(layer, table, own, scaling),
                 standing=self._standing(layer, table),
                 keys=keys,
                 values=values,
             )
-            observer.take(self._layout.group_of[layer] + table, view)
+            observer.examine(first + table, view)
 
     def _standing(self, layer: int, table: int) -> Callable[[int, Tensor], Tensor]:
         """Return what turns keys to where their blocks stand now, as `LayerView` says."""

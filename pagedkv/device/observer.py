@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagedkv.core.arrays import Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
 
@@ -23,8 +24,12 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Floats that may wait before they are turned into masses: a few MiB, and many layers of a decode.
+_MOST_PENDING = 2**20
+
+
 class LayerView:
-    """One layer's attention over one group's tables, as its observers see it.
+    """One layer's attention over one group's tables, as observers that look closer see it.
 
     Attributes:
         block_lse: fp32 [T, H, W] Log-sum-exp of each query's scores over each table entry.
@@ -61,7 +66,8 @@ class Observer:
     """Gathers one `Observation` of a step, layer by layer.
 
     Sums over queries are taken at the end, because what is reduced over heads and layers first
-    need not be linear.
+    need not be linear. In a layer little more is done than to copy what the next layer overwrites:
+    many small calls would cost a decode step more than all of their arithmetic.
     """
 
     def __init__(self, plan: StepPlan, layout: GroupLayout, block_size: int, wanted: Observation):
@@ -73,9 +79,8 @@ class Observer:
         self._layers = layout.slot_layers
         self._member = np.repeat(np.arange(len(count)), count)
         offset = np.arange(len(self._member)) - np.repeat(np.cumsum(count) - count, count)
-        tokens = start[self._member] + offset
-        self._tokens = torch.from_numpy(tokens.astype(np.int64))
-        self._last = torch.from_numpy((end - 1).astype(np.int64))
+        tokens = (start[self._member] + offset).astype(np.int64)
+        self._tokens = torch.from_numpy(tokens)
         # [G, N]: the index of each observing query among its sequence's resident tokens
         before_end = end[self._member] - tokens
         self._index = plan.num_resident[:, wanted.members][:, self._member] - before_end
@@ -88,25 +93,76 @@ class Observer:
         self._seen = torch.zeros((groups, len(tokens), width))
         self._mass = torch.zeros((groups, len(count), width))
         self._static = torch.zeros((groups, len(count), width))
+        self._ask(tokens, (end - 1).astype(np.int64), plan.num_tokens)
 
-    def take(self, group: int, layer: LayerView) -> None:
-        """Take in one layer of a group; once per layer, after its attention ran."""
-        last = _mass(layer, self._last)
-        self._mass[group] += last.mean(dim=1) / self._layers
+    def _ask(self, tokens: Int64, last: Int64, num_tokens: int) -> None:
+        """Settle which queries' masses are looked at: all that observe, and each one's last."""
+        asked = last if self.looks_closer else np.union1d(tokens, last)
+        # None stands for all, in order.
+        self._asked = None if len(asked) == num_tokens else torch.from_numpy(asked)
+        self._last = _places(asked, last)
+        self._adds = len(tokens) > 0 and not self.looks_closer
+        self._observing = _places(asked, tokens) if self._adds else None
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._num_pending = 0
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether `examine` is to be called as well."""
+        return self._kind in _STATIC or self._kind == "lobo_sum"
+
+    def take(self, group: int, block_lse: Tensor, lse: Tensor) -> None:
+        """Take in the masses of one layer; once per layer, after its attention ran.
+
+        Args:
+            group: The first of the layer's tables.
+            block_lse: fp32 [tables, T, H, W] Log-sum-exp of each query's scores over each entry.
+            lse: fp32 [H, tables, T] Over all that the query sees.
+        """
+        if self._asked is None:
+            block_lse, lse = block_lse.clone(), lse.clone()
+        else:
+            block_lse, lse = block_lse.index_select(1, self._asked), lse[:, :, self._asked]
+        self._pending.append((group, block_lse, lse))
+        self._num_pending += block_lse.numel()
+        if self._num_pending > _MOST_PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Turn what layers left into masses, and add them up: [tables, N, H, W] at once."""
+        if not self._pending:
+            return
+        first, blocks, lses = zip(*self._pending, strict=True)
+        self._pending, self._num_pending = [], 0
+        tables = blocks[0].shape[0]
+        groups = (torch.tensor(first)[:, None] + torch.arange(tables)).view(-1)
+        lse = torch.cat(lses, dim=1).permute(1, 2, 0).unsqueeze(3)
+        mass = torch.cat(blocks).sub_(lse).exp_()
+        last = _picked(mass, self._last)
+        self._mass.index_add_(0, groups, last.mean(dim=2) / self._layers)
+        if self._adds:
+            self._add(groups, _picked(mass, self._observing))
+
+    def _add(self, groups: Tensor, mass: Tensor) -> None:
+        """Reduce masses [tables, N, H, W] over heads and add them to what was seen."""
+        self._heads = mass.shape[2] * self._layers
+        if self._gqa == "max":
+            best = mass.amax(dim=2)
+            index = groups[:, None, None].expand_as(best)
+            self._seen.scatter_reduce_(0, index, best, "amax")
+        else:
+            heads = self._heads if self._gqa == "mean" else 1
+            self._seen.index_add_(0, groups, mass.sum(dim=2) / heads)
+
+    def examine(self, group: int, layer: LayerView) -> None:
+        """Look at more of a table in one layer than masses; where `looks_closer`."""
         if self._kind in _STATIC:
             self._take_static(group, layer)
         elif len(self._tokens):
             mass = _mass(layer, self._tokens)
-            if self._kind == "lobo_sum":
-                ratio = mass / (1 - mass).clamp_min(1e-6)
-                mass = ratio * layer.block_error(self._tokens)
-            reduced = _REDUCE[self._gqa](mass)
-            if self._gqa == "max":
-                torch.maximum(self._seen[group], reduced, out=self._seen[group])
-            else:
-                heads = mass.shape[1] * self._layers if self._gqa == "mean" else 1
-                self._seen[group] += reduced / heads
-            self._heads = mass.shape[1] * self._layers
+            ratio = mass / (1 - mass).clamp_min(1e-6)
+            error = ratio * layer.block_error(self._tokens)
+            self._add(torch.tensor([group]), error[None])
 
     def _take_static(self, group: int, layer: LayerView) -> None:
         fresh = np.arange(self._table.shape[2])
@@ -130,6 +186,7 @@ class Observer:
 
     def result(self) -> Observed:
         """Return what was observed, once every layer was taken in."""
+        self._settle()
         if self._kind in _STATIC or not len(self._tokens):
             return Observed(values=self._static.numpy(), mass=self._mass.numpy())
         width = self._seen.shape[2]
@@ -155,6 +212,17 @@ class Observer:
         else:
             values[:, present] = np.add.reduceat(seen, begin, axis=1)
         return values
+
+
+def _places(asked: Int64, tokens: Int64) -> Tensor | None:
+    """Return where tokens stand among the asked; None if they are all of them."""
+    if np.array_equal(asked, tokens):
+        return None
+    return torch.from_numpy(np.searchsorted(asked, tokens))
+
+
+def _picked(mass: Tensor, places: Tensor | None) -> Tensor:
+    return mass if places is None else mass.index_select(1, places)
 
 
 def _mass(layer: LayerView, tokens: Tensor) -> Tensor:
