@@ -7,8 +7,8 @@ import pytest
 from pagedkv import CacheConfig, Engine, Scheduler, StepResult
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.pool import BlockPool
-from pagedkv.core.reclaim import CachedOrder
 from pagedkv.core.prefix import PrefixIndex
+from pagedkv.core.reclaim import CachedOrder
 from pagedkv.core.table import SequenceTable
 from tests.conftest import OWNERS, Auditor
 from tests.core.fakes import Driver, make_config, make_request

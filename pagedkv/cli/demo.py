@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.cli.dashboard import WIDTH, dashboard
+from pagedkv.cli.machine import idle_cores
 from pagedkv.cli.users import User, make_users
 from pagedkv.config import CacheConfig, EngineConfig, SchedulerConfig
 from pagedkv.errors import ConfigError
@@ -75,10 +76,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     folder = _make_folder(args.output)
     users = make_users(args.users, seed=args.seed, longest=args.max_tokens)
+    num_threads = idle_cores()  # before loading adds to the load
     print(f"Loading {args.model} ...", flush=True)
+    import torch
+
     from pagedkv.cli.tour import Tour, encode
     from pagedkv.device.models import load_model
 
+    torch.set_num_threads(min(num_threads, torch.get_num_threads()))
     loaded = load_model(args.model)
     prompts = [encode(loaded, user.messages) for user in users]
     config = _config(args, users, prompts)

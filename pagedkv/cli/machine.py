@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "cpu_model", "machine", "simd", "threads", "versions"]
+__all__ = ["PACKAGES", "cores", "cpu_model", "idle_cores", "machine", "simd", "threads", "versions"]
 
 PACKAGES = (
     "torch",
@@ -79,6 +79,17 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def idle_cores() -> int:
+    """Return how many of the processors other work left idle in the last minute, at least one.
+
+    Threads that wait for each other at every layer wait for the operating system where others
+    compute: beside two busy processes on two cores, a demo of 15 s took 219 s with two threads
+    and 33 s with one.
+    """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, cores() - round(busy))
 
 
 def threads() -> dict[str, int | str | None]:
