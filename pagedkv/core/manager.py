@@ -6,7 +6,8 @@ from itertools import groupby
 import numpy as np
 
 from pagedkv.config import CacheConfig
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, extend_chain
 from pagedkv.core.request import Sequence
@@ -38,6 +39,7 @@ class BlockManager:
         self.pool = BlockPool(num_blocks, config.reclaim)
         self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
         self.index = PrefixIndex(num_blocks, num_groups)
+        self._moves: list[Int64] = []
         self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
 
     # Admission
@@ -79,6 +81,7 @@ class BlockManager:
         counts = np.full((self.num_groups, 1), count, np.int32)
         rows = np.array([row], np.int32)
         self.table.append_blocks(rows, counts, hits.T.ravel())
+        self.table.note_tokens(rows, np.array([tokens], np.int32))
         self.table.num_computed[row] = tokens
         self.table.next_position[row] = tokens
         self.table.num_resident[:, row] = tokens
@@ -166,6 +169,7 @@ class BlockManager:
         """Count tokens as computed and make the blocks they filled findable."""
         before = self.table.num_computed[rows]
         after = before + counts
+        self.table.note_tokens(rows, counts)
         self.table.num_computed[rows] = after
         self.table.num_resident[:, rows] += counts
         self.table.next_position[rows] += counts
@@ -229,6 +233,82 @@ class BlockManager:
         lost: Int32 = before - self.table.num_blocks[:, rows]
         self.table.num_resident[:, rows] -= lost * self.block_size
         return lost
+
+    def compact(self, rows: Int32, keep: Bool) -> tuple[Int32, Int32]:
+        """Take single tokens from running rows and pack the rest into the fewest blocks.
+
+        A block whose slots change is given up and a fresh one taken, so that nothing is ever
+        written into what others hold or may find; the moves go out with the next plan. Only where
+        given up blocks are held by others can fresh ones be lacking: such rows have lost the
+        tokens all the same, but hold their old blocks and must be preempted at once.
+
+        Args:
+            rows: [B] Rows that evict by token, each at most once, first admitted first.
+            keep: [groups, B, width] Which slots' tokens stay; width in whole blocks.
+
+        Returns:
+            [groups, B] Tokens that each table lost, and the rows that could not be served.
+        """
+        table, shape = self.table, (self.num_groups, len(rows), -1)
+        resident = table.num_resident[:, rows]
+        keep = np.logical_and(keep, np.arange(keep.shape[2]) < resident[:, :, None])
+        packed = repack(keep.reshape(-1, keep.shape[2]), resident.ravel(), self.block_size)
+        width = packed.entry.shape[1]
+        old = table.block_table[:, rows, :width].reshape(-1, width)
+        used = np.arange(width) < table.num_blocks[:, rows].ravel()[:, None]
+        leaving = used & ~packed.stays
+        served = self._served(old, leaving, packed.fresh, len(rows))
+        goes = np.tile(served, self.num_groups)
+        ids = old[:, ::-1][(leaving & goes[:, None])[:, ::-1]]
+        self.pool.release(ids, self.index.findable(ids))
+        fresh = packed.fresh & goes[:, None]
+        new = np.take_along_axis(old, np.maximum(packed.entry, 0), axis=1)
+        new[fresh] = self._allocate(int(fresh.sum()))
+        self._move(packed, goes, old, new)
+        table.tokens.keep(rows, keep)
+        table.num_resident[:, rows] = left = keep.sum(axis=2)
+        num_blocks = packed.num_blocks.reshape(shape[:2])[:, served]
+        table.replace_blocks(rows[served], new.reshape(shape)[:, served], num_blocks)
+        return resident - left, rows[~served]
+
+    def _served(self, old: Int32, leaving: Bool, fresh: Bool, num_rows: int) -> Bool:
+        """Return which rows the pool has fresh blocks for: [B], the first admitted first."""
+        served = np.ones(num_rows, np.bool_)
+        while True:
+            goes = np.tile(served, self.num_groups)[:, None]
+            ids, drops = np.unique(old[leaving & goes], return_counts=True)
+            freed = int((self.pool.ref_count[ids] == drops).sum())
+            if int((fresh & goes).sum()) <= self.pool.num_available + freed:
+                return served
+            served[np.flatnonzero(served)[-1]] = False
+
+    def _move(self, packed: Repacking, goes: Bool, old: Int32, new: Int32) -> None:
+        size = self.block_size
+        at = goes[packed.table]
+        of, source, target = (x[at] for x in (packed.table, packed.source, packed.target))
+        slots = (
+            old[of, source // size].astype(np.int64) * size + source % size,
+            new[of, target // size].astype(np.int64) * size + target % size,
+        )
+        moved = slots[0] != slots[1]  # a block that was given up may be the one that comes back
+        self._moves.append(np.stack(slots, axis=1)[moved])
+
+    def take_moves(self) -> Int64:
+        """Return the slots to copy before anything else, source to target: [M, 2].
+
+        All sources are read before any target is written. They are handed out once. Those of a
+        row that has ended since do no harm: what its blocks are used for next is written later.
+        """
+        taken, self._moves = self._moves, []
+        return np.concatenate(taken) if taken else np.zeros((0, 2), np.int64)
+
+    def holders(self, blocks: Int64) -> Bool:
+        """Return which running rows hold any of these blocks: [running]."""
+        rows = self.table.running
+        used = np.arange(self.table.block_table.shape[2]) < self.table.num_blocks[:, rows, None]
+        found: Bool = np.isin(self.table.block_table[:, rows], blocks)
+        holding: Bool = np.any(found & used, axis=(0, 2))
+        return holding
 
     def release(self, rows: Int32) -> None:
         """Take back the blocks of rows and free the rows; findable blocks stay cached."""

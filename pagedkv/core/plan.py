@@ -67,15 +67,19 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Observation(Struct, frozen=True, kw_only=True, eq=False):
-    """What the M sequences of one policy are to be told about their blocks.
+    """What the M sequences of one policy are to be told about their blocks, or their tokens.
 
     Attributes:
+        unit: ``block``: an entry is a block of the table; ``token``: it is a slot of those blocks.
+        width: E, the entries per table to tell of.
         kind: A name of `pagedkv.eviction.OBSERVATIONS`.
         gqa: How it is reduced over query heads: ``sum``, ``mean`` or ``max``.
         members: [M] Indices into the plan's sequences.
         first_query: [M] The first of each one's tokens in this step that observes.
     """
 
+    unit: str
+    width: int
     kind: str
     gqa: str
     members: Int32
@@ -86,8 +90,8 @@ class Observed(Struct, frozen=True, kw_only=True, eq=False):
     """What an `Observation` saw.
 
     Attributes:
-        values: [G, M, W] What its kind names, per table entry; 0 where nothing was seen.
-        mass: [G, M, W] The attention mass of the step's last token, mean over heads and layers.
+        values: [G, M, E] What its kind names, per entry; 0 where nothing was seen.
+        mass: [G, M, E] The attention mass of the step's last token, mean over heads and layers.
     """
 
     values: Float32
@@ -133,7 +137,9 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         step: Counts the scheduler's plans from 0.
-        copies: [C, 2] Blocks to copy, source to target, before anything else is written.
+        moves: [M, 2] Slots to copy, source to target, before anything else is read or written;
+            every source is read before any target is written.
+        copies: [C, 2] Blocks to copy, source to target, before tokens are written.
         rows: [B] The table row of each sequence, in batch order.
         seq_ids: [B] The sequence in that row.
         query_start: [B + 1] Where each sequence's tokens begin in the packed arrays.
@@ -152,6 +158,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
     """
 
     step: int
+    moves: Int64
     copies: Int32
     rows: Int32
     seq_ids: Int64
@@ -216,7 +223,7 @@ class Executor(Protocol):
     """Carries out plans; knows nothing of policy."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: copies, then writes and attention, then draws. Blocks until done."""
+        """Run one step: moves, copies, then writes and attention, then draws. Blocks until done."""
         ...
 
 
@@ -237,8 +244,8 @@ def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[A
             where="commit",
             remedy="give one token id per sample, as whole numbers",
         )
-    groups, _, width = plan.block_table.shape
-    wanted = [(groups, len(each.members), width) for each in plan.observations]
+    groups = len(plan.block_table)
+    wanted = [(groups, len(each.members), each.width) for each in plan.observations]
     if [np.shape(each.values) for each in result.observed] != wanted or (
         [np.shape(each.mass) for each in result.observed] != wanted
     ):

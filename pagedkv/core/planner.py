@@ -16,6 +16,7 @@ def build_plan(
     retention: Retention,
     rows: Int32,
     counts: Int32,
+    moves: Int64,
     copies: Int32,
     siblings: dict[int, Int32],
 ) -> StepPlan:
@@ -24,7 +25,8 @@ def build_plan(
     Args:
         rows: [B] The rows that compute; their blocks reach as far as their new tokens.
         counts: [B] How many tokens each computes, at least 1.
-        copies: [C, 2] Blocks to copy first.
+        moves: [M, 2] Slots to copy first.
+        copies: [C, 2] Blocks to copy next.
         siblings: Rows that fork from a row once its prompt is computed, by that row.
     """
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -40,6 +42,7 @@ def build_plan(
     sample_rows, sample_index = _forked(rows[done], start[1:][done] - 1, siblings)
     return StepPlan(
         step=step,
+        moves=moves,
         copies=copies,
         rows=rows,
         seq_ids=table.seq_id[rows],
@@ -50,7 +53,7 @@ def build_plan(
         block_table=np.where(used, table.block_table[:, rows, :width], 0),
         num_resident=table.num_resident[:, rows] + counts,
         turns=retention.turns(rows, width),
-        observations=retention.observations(rows, counts),
+        observations=retention.observations(rows, counts, width),
         sample_index=sample_index,
         sample_rows=sample_rows,
         sampling=table.sampling_batch(sample_rows),

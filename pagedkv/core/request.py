@@ -195,9 +195,13 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
         error: What went wrong, if ``finish_reason`` is ``error``.
         num_cached_tokens: Prompt tokens that the prefix cache spared at the first admission.
         num_preemptions: How often it was pushed back to waiting.
-        num_evicted_tokens: Tokens it has forgotten, mean over groups.
-        forfeited_mass: The attention mass that their blocks got from the last query before they
-            went, summed over blocks, mean over groups.
+        num_evicted_tokens: Tokens it has forgotten, mean over groups; 0 says that its policy, if
+            it has one, never fired.
+        forfeited_mass: The attention mass that they got from the last query before they went,
+            summed, mean over groups.
+        leave_one_out_error: How far leaving them out moves the attention output: the mean over
+            the queries that saw each block, or token, before it went, summed over those that
+            went, mean over groups. None unless the policy scores by it (``lobo``).
     """
 
     request_id: str
@@ -211,12 +215,37 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
+    leave_one_out_error: float | None = None
+
+
+class Certificate(NamedTuple):
+    """What a sequence has forgotten; the words are `FinishedSequence`'s."""
+
+    num_evicted_tokens: float
+    forfeited_mass: float
+    leave_one_out_error: float | None
 
 
 class Eviction(NamedTuple):
-    """A round of eviction that was held: keep [groups, blocks], which table entries stayed."""
+    """A round of eviction that was held.
 
-    keep: Bool
+    Attributes:
+        bits: [groups, ceil(width / 8)] Which table entries stayed, packed.
+        width: Blocks, or tokens, of the longest table.
+    """
+
+    bits: npt.NDArray[np.uint8]
+    width: int
+
+    @classmethod
+    def of(cls, keep: Bool) -> "Eviction":
+        """Pack ``keep``: [groups, width]."""
+        return cls(np.packbits(keep, axis=1), keep.shape[1])
+
+    @property
+    def keep(self) -> Bool:
+        """[groups, width] Which table entries stayed."""
+        return np.unpackbits(self.bits, axis=1, count=self.width).view(np.bool_)
 
 
 class SavedScores(NamedTuple):
@@ -224,15 +253,17 @@ class SavedScores(NamedTuple):
 
     Attributes:
         computed: Its computed tokens.
-        columns: [groups, blocks] per column of scores.
+        columns: [groups, blocks or tokens] per column of scores.
         num_evicted: Tokens it had forgotten, summed over groups.
         forfeited: The mass they had, summed over groups.
+        left_out: Their leave-one-out error, summed over groups.
     """
 
     computed: int
     columns: list[Float32]
     num_evicted: int
     forfeited: float
+    left_out: float
 
 
 class Sequence:

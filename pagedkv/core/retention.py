@@ -11,16 +11,19 @@ from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
-from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
-from pagedkv.core.table import SCORE_COLUMNS
-from pagedkv.errors import PolicyError
+from pagedkv.core.replay import log_round, replay_round, restore_scores, save_scores
+from pagedkv.core.request import UNBOUNDED, Certificate, Sequence
+from pagedkv.core.table import SequenceTable
+from pagedkv.core.tokens import TokenColumns
 from pagedkv.eviction import (
+    UNOBSERVED,
     Policy,
     View,
     check,
     lookback,
     observe_from,
     policy,
+    rank,
     select,
     update,
 )
@@ -59,17 +62,11 @@ class Retention:
         cache = self._config.cache
         wanted = cache.eviction if text is None else text
         parsed = wanted if isinstance(wanted, Policy) else policy(wanted)
-        if parsed.unit == "token":
-            raise PolicyError(
-                "unit=token needs compaction, which is not built",
-                where="policy.unit",
-                remedy="give unit=block",
-            )
         return check(
             parsed,
             cache.block_size,
-            # Closing gaps would move keys inside a window that is measured in positions.
-            has_rope=self._config.model.rope and not any(self._config.model.sliding_window),
+            has_rope=self._config.model.rope,
+            windowed=any(self._config.model.sliding_window),
             granularity=cache.granularity,
         )
 
@@ -104,14 +101,45 @@ class Retention:
     def bind(self, seq: Sequence) -> None:
         """Set a row's policy when its sequence is admitted, and what is left to replay."""
         row = seq.row
-        self.policy_id[row] = self._policy_id(seq.policy) if seq.policy.evicts else -1
-        self.rotates[row] = seq.policy.evicts and seq.policy.positions == "cache"
-        self._table.replay_until[row] = seq.saved.computed if seq.saved else 0
+        table, evicts = self._table, seq.policy.evicts
+        self.policy_id[row] = -1
+        if evicts:
+            self.policy_id[row] = self._policy_id(seq.policy)
+        self.rotates[row] = evicts and seq.policy.positions == "cache"
+        table.replay_until[row] = seq.saved.computed if seq.saved else 0
+        table.by_token[row] = evicts and seq.policy.unit == "token"
+        if table.by_token[row]:
+            table.tokens.clear(np.array([row], np.int32))
 
     def _policy_id(self, policy: Policy) -> int:
-        if policy not in self._policies:
-            self._policies.append(policy)
-        return self._policies.index(policy)
+        """Return the place of a policy among those in use; nobody's place is given away again."""
+        if policy in self._policies:
+            return self._policies.index(policy)
+        used = set(self.policy_id[self._table.seq_id >= 0].tolist())
+        place = next(i for i in range(len(self._policies) + 1) if i not in used)
+        self._policies[place : place + 1] = [policy]
+        return place
+
+    # Blocks or tokens
+
+    def _entries(self, chosen: Policy) -> "SequenceTable | TokenColumns":
+        """Return who keeps what a policy knows of the entries that it ranks."""
+        return self._table.tokens if chosen.unit == "token" else self._table
+
+    def _entry_size(self, chosen: Policy) -> int:
+        return 1 if chosen.unit == "token" else self._table.block_size
+
+    def _in_use(self, chosen: Policy, rows: Int32) -> Int32:
+        """Return how many entries each table has: [groups, B]."""
+        table = self._table
+        counts = table.num_resident if chosen.unit == "token" else table.num_blocks
+        in_use: Int32 = counts[:, rows]
+        return in_use
+
+    def _width(self, chosen: Policy, rows: Int32) -> int:
+        """Return how many entries the widest table has room for."""
+        blocks = int(self._table.num_blocks[:, rows].max(initial=1))
+        return blocks * self._table.block_size // self._entry_size(chosen)
 
     # While a step is planned
 
@@ -157,15 +185,25 @@ class Retention:
         turns: Int32 = np.where(turned, query[:, :, None] + key, 0)
         return turns if turns.any() else None
 
-    def observations(self, rows: Int32, counts: Int32) -> list[Observation]:
-        """Return what the executor is to observe for the policies of the rows."""
+    def observations(self, rows: Int32, counts: Int32, width: int) -> list[Observation]:
+        """Return what the executor is to observe for the policies of the rows.
+
+        Args:
+            width: Of the plan's block tables; those who rank tokens need only their own.
+        """
         wanted = []
         for chosen, at in self._by_policy(rows):
             live = at[self._table.num_computed[rows[at]] >= self._table.replay_until[rows[at]]]
             if len(live):
-                view = self._view(rows[live], groups=1)
+                entries = width
+                if chosen.unit == "token":
+                    entries = self._width(chosen, rows[live])
+                    self._table.reserve_slots(entries)
+                view = self._view(chosen, rows[live], groups=1)
                 wanted.append(
                     Observation(
+                        unit=chosen.unit,
+                        width=entries,
                         kind=chosen.scorer().observe,
                         gqa=chosen.gqa,
                         members=live.astype(np.int32),
@@ -193,22 +231,27 @@ class Retention:
             counts = np.diff(plan.query_start)[members]
             width = observed.values.shape[2]
             values = observed.values[:, live].reshape(-1, width)
-            view = self._view(rows, width=width)
             chosen = self._policies[int(self.policy_id[rows[0]])]
+            view, entries = self._view(chosen, rows, width=width), self._entries(chosen)
             score, weight = update(chosen, view, np.tile(counts, table.num_groups), values)
             shape = (table.num_groups, len(rows), width)
-            table.score[:, rows, :width] = score.reshape(shape)
-            table.weight[:, rows, :width] = weight.reshape(shape)
-            table.mass[:, rows, :width] = observed.mass[:, live]
+            entries.score[:, rows, :width] = score.reshape(shape)
+            entries.weight[:, rows, :width] = weight.reshape(shape)
+            entries.mass[:, rows, :width] = observed.mass[:, live]
 
-    def evict(self, rows: Int32) -> None:
+    def evict(self, rows: Int32) -> Int32:
         """Let windows slide, then hold the rounds that are due and take what they decide.
 
         What a window hides goes first, and for nothing: a round must not give up visible blocks
         in its place, nor depend on how many steps the sliding took.
 
         Call it after the step's tokens were counted as computed.
+
+        Returns:
+            Rows that cannot go on, because the pool has no blocks to pack their tokens into. What
+            they keep is decided: preempt them at once, and they come back to it.
         """
+        stuck = [rows[:0]]
         if self._windows.any():
             self._slide(rows)
         for chosen, at in self._by_policy(rows):
@@ -216,32 +259,48 @@ class Retention:
             computed, prompt = self._table.num_computed[rows[at]], self._table.num_prompt[rows[at]]
             due = rows[at[cadence.is_round(computed, prompt)]]
             if len(due):
-                self._round(chosen, due)
+                stuck.append(self._round(chosen, due))
             self._restore(rows[at])
+        return np.concatenate(stuck)
 
-    def _round(self, chosen: Policy, rows: Int32) -> None:
+    def _round(self, chosen: Policy, rows: Int32) -> Int32:
         """Hold one round for rows of one policy, or hold it again if it was held before.
 
         Layers with a sliding window take no part: what it hides goes anyway, and a gap within it
         would let queries see further back than the model ever did.
+
+        Returns:
+            The rows that `BlockManager.compact` could not serve.
         """
-        table = self._table
-        keep = select(chosen, self._view(rows)).reshape(table.num_groups, len(rows), -1)
+        table, view = self._table, self._view(chosen, rows)
+        keep = select(chosen, view).reshape(table.num_groups, len(rows), -1)
         keep[self._windows > 0] = True
+        in_use = self._in_use(chosen, rows)
         for i in np.flatnonzero(table.num_computed[rows] <= table.replay_until[rows]).tolist():
-            self._replay(int(rows[i]), keep[:, i])
-        width = keep.shape[2]
-        used = np.arange(width) < table.num_blocks[:, rows, None]
-        gone = used & ~keep
+            replay_round(table, int(rows[i]), keep[:, i], in_use[:, i])
+        gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
         losing = gone.any(axis=(0, 2))
-        rows, keep, gone = rows[losing], keep[:, losing], gone[:, losing]
-        if not len(rows):
-            return
-        mass = np.where(gone, table.mass[:, rows, :width], 0).sum(axis=(0, 2), dtype=np.float64)
-        self._log(rows, keep)
-        lost = self._manager.drop(rows, keep)
-        table.num_evicted[rows] += lost.sum(axis=0) * table.block_size
-        table.forfeited[rows] += mass
+        if not losing.any():
+            return rows[:0]
+        self._certify(chosen, view, rows, gone)
+        rows, keep = rows[losing], keep[:, losing]
+        log_round(table, rows, keep, in_use[:, losing])
+        if chosen.unit == "token":
+            lost, stuck = self._manager.compact(rows, keep)
+        else:
+            lost, stuck = self._manager.drop(rows, keep) * table.block_size, rows[:0]
+        table.num_evicted[rows] += lost.sum(axis=0)
+        return stuck
+
+    def _certify(self, chosen: Policy, view: View, rows: Int32, gone: Bool) -> None:
+        """Add up what goes: [groups, B, width]."""
+        table, width = self._table, gone.shape[2]
+        mass = self._entries(chosen).mass[:, rows, :width]
+        table.forfeited[rows] += np.where(gone, mass, 0).sum(axis=(0, 2), dtype=np.float64)
+        if chosen.scores_errors:
+            errors = rank(chosen, view).reshape(gone.shape)
+            heard = gone & (errors != np.float32(UNOBSERVED))
+            table.left_out[rows] += np.where(heard, errors, 0).sum(axis=(0, 2), dtype=np.float64)
 
     def _slide(self, rows: Int32) -> None:
         """Drop the blocks that no later query of a sliding-window layer can see: no loss."""
@@ -254,24 +313,27 @@ class Retention:
             width = int(table.num_blocks[:, rows[sliding]].max())
             self._manager.drop(rows[sliding], np.arange(width) >= blind[:, sliding, None])
 
-    def _view(self, rows: Int32, *, width: int | None = None, groups: int | None = None) -> View:
+    def _view(
+        self, chosen: Policy, rows: Int32, *, width: int | None = None, groups: int | None = None
+    ) -> View:
         """Return the eviction plane's view of some rows' tables."""
-        table, layout = self._table, self._layout
+        table, layout, entries = self._table, self._layout, self._entries(chosen)
         groups = groups or table.num_groups
         if width is None:
-            width = int(table.num_blocks[:, rows].max(initial=1))
+            width = self._width(chosen, rows)
         heads = self._config.model.num_kv_heads if layout.heads_per_group == 1 else 1
         if table.num_groups % heads:
             heads = 1
         flat = (groups * len(rows), width)
         return View(
-            score=table.score[:groups, rows, :width].reshape(flat),
-            weight=table.weight[:groups, rows, :width].reshape(flat),
-            first_position=table.first_position[:groups, rows, :width].reshape(flat),
+            score=entries.score[:groups, rows, :width].reshape(flat),
+            weight=entries.weight[:groups, rows, :width].reshape(flat),
+            first_position=entries.first_position[:groups, rows, :width].reshape(flat),
             num_resident=table.num_resident[:groups, rows].ravel(),
             num_computed=np.tile(table.num_computed[rows], groups),
             num_prompt=np.tile(table.num_prompt[rows], groups),
-            block_size=table.block_size,
+            block_size=self._entry_size(chosen),
+            stride=table.block_size,
             layers=groups // heads if groups == table.num_groups else 1,
             heads=heads if groups == table.num_groups else 1,
             pressure=self._manager.pool.num_held / self._manager.pool.num_blocks,
@@ -287,46 +349,29 @@ class Retention:
 
     # Preemption: a sequence that has evicted forgets the same things again
 
-    def _log(self, rows: Int32, keep: Bool) -> None:
-        """Record a round in the logs of the rows that hold it for the first time."""
-        for i, row in enumerate(rows.tolist()):
-            seq = self._table.sequences[row]
-            assert seq is not None
-            computed = int(self._table.num_computed[row])
-            seq.evictions.setdefault(
-                computed, Eviction(keep[:, i, : self._table.num_blocks[:, row].max()].copy())
-            )
-
-    def _replay(self, row: int, keep: Bool) -> None:
-        """Overwrite what a round decided with what it decided before: [groups, width] in place."""
-        seq = self._table.sequences[row]
-        assert seq is not None
-        logged = seq.evictions.get(int(self._table.num_computed[row]))
-        keep[:] = np.arange(keep.shape[1]) < self._table.num_blocks[:, row, None]
-        if logged is not None:
-            keep[:, : logged.keep.shape[1]] = logged.keep
-
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
         row, table = seq.row, self._table
-        computed = int(table.num_computed[row])
-        if self.policy_id[row] >= 0 and computed >= table.replay_until[row]:
-            width = int(table.num_blocks[:, row].max())
-            columns = [getattr(table, name)[:, row, :width].copy() for name in SCORE_COLUMNS]
-            seq.saved = SavedScores(
-                computed, columns, int(table.num_evicted[row]), float(table.forfeited[row])
-            )
+        if self.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
+            width = int(self._in_use(seq.policy, np.array([row], np.int32)).max())
+            seq.saved = save_scores(table, self._entries(seq.policy), row, width)
 
-    def certificate(self, seq: Sequence) -> tuple[float, float]:
-        """Return the tokens a sequence has forgotten and the mass forfeited, means over groups."""
+    def certificate(self, seq: Sequence) -> Certificate:
+        """Return what a sequence has forgotten, means over groups."""
         replaying = seq.row < 0 or self._table.replay_until[seq.row] > 0
-        evicted, forfeited = 0, 0.0
+        evicted, forfeited, left_out = 0, 0.0, 0.0
         if replaying and seq.saved is not None:
             evicted, forfeited = seq.saved.num_evicted, seq.saved.forfeited
+            left_out = seq.saved.left_out
         elif seq.row >= 0:
             evicted = int(self._table.num_evicted[seq.row])
             forfeited = float(self._table.forfeited[seq.row])
-        return evicted / self._layout.num_groups, forfeited / self._layout.num_groups
+            left_out = float(self._table.left_out[seq.row])
+        groups = self._layout.num_groups
+        scored = seq.policy.scores_errors
+        return Certificate(
+            evicted / groups, forfeited / groups, left_out / groups if scored else None
+        )
 
     def _restore(self, rows: Int32) -> None:
         """Give rows that have just finished replaying the scores they had."""
@@ -337,8 +382,4 @@ class Retention:
         ].tolist():
             seq = table.sequences[row]
             assert seq is not None
-            assert seq.saved is not None
-            for name, column in zip(SCORE_COLUMNS, seq.saved.columns, strict=True):
-                getattr(table, name)[:, row, : column.shape[1]] = column
-            table.forfeited[row] = seq.saved.forfeited
-            table.replay_until[row] = 0
+            restore_scores(table, self._entries(seq.policy), seq)

@@ -125,7 +125,7 @@ class Roster:
         error: str = "",
     ) -> list[FinishedSequence]:
         """Take a sequence, and the siblings that wait on it, out of the scheduler."""
-        evicted, forfeited = self._retention.certificate(seq)
+        forgotten = self._retention.certificate(seq)._asdict()
         if seq.status is Status.RUNNING:
             self._vacate(seq)
         else:
@@ -141,8 +141,7 @@ class Roster:
                 error=error,
                 num_cached_tokens=member.num_cached_tokens,
                 num_preemptions=member.num_preemptions,
-                num_evicted_tokens=evicted,
-                forfeited_mass=forfeited,
+                **forgotten,
             )
             for member in seq.group
         ]

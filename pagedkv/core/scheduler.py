@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.groups import group_layout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens
@@ -23,6 +23,7 @@ from pagedkv.events import KVEvent
 __all__ = ["Scheduler"]
 
 NO_ROWS: Int32 = np.empty(0, np.int32)
+NO_MOVES: Int64 = np.empty((0, 2), np.int64)
 
 
 class Scheduler:
@@ -159,10 +160,20 @@ class Scheduler:
             seq.row: np.array([member.row for member in seq.siblings], np.int32)
             for seq in self._roster.unforked.values()
         }
+        # A plan without tokens is not carried out, and must not take the moves with it.
+        moves = self.manager.take_moves() if len(rows) else NO_MOVES
         plan = build_plan(
-            self._totals.num_steps, self.table, self.retention, rows, counts, copies, siblings
+            self._totals.num_steps,
+            self.table,
+            self.retention,
+            rows,
+            counts,
+            moves,
+            copies,
+            siblings,
         )
         self._totals.num_steps += 1
+        self._totals.tokens_moved += len(moves)
         self._outstanding = plan
         return plan
 
@@ -245,7 +256,7 @@ class Scheduler:
         counts = np.diff(plan.query_start)
         self.retention.observe(plan, result, alive)
         self.manager.advance(plan.rows[alive], counts[alive])
-        self.retention.evict(plan.rows[alive])
+        self._preempt(self.retention.evict(plan.rows[alive]))
         self._roster.fork_finished_prompts()
         self._end_failed(plan, drawn)
         sample = np.flatnonzero(np.isin(plan.sample_rows, self.table.running))
@@ -264,8 +275,8 @@ class Scheduler:
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.
 
-        What its blocks hold is unknown, so its sequences go back to waiting, in their order, and
-        compute their tokens again.
+        What its blocks hold is unknown, and so is what the blocks hold that it was to move tokens
+        into; so their sequences go back to waiting, in their order, and compute them again.
 
         Raises:
             InvalidTransition: The plan is not the outstanding one; nothing changes.
@@ -273,7 +284,13 @@ class Scheduler:
         self._check_outstanding(plan, "discard")
         self._outstanding = None
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
-        for row in plan.rows[alive][::-1].tolist():
+        running = self.table.running
+        moved = self.manager.holders(plan.moves[:, 1] // self.manager.block_size)
+        self._preempt(running[np.isin(running, plan.rows[alive]) | moved])
+
+    def _preempt(self, rows: Int32) -> None:
+        """Let rows go back to waiting, in their order."""
+        for row in rows[::-1].tolist():
             seq = self.table.sequences[row]
             assert seq is not None
             self._roster.preempt(seq)

@@ -17,6 +17,7 @@ class Totals(Struct, kw_only=True):
     recomputed_tokens: int = 0
     resumed_tokens: int = 0
     resumed_tokens_cached: int = 0
+    tokens_moved: int = 0
 
 
 class SchedulerStats(Struct, frozen=True, kw_only=True):
@@ -28,6 +29,7 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
         recomputed_tokens: Tokens computed again because their sequence had been preempted.
         resumed_tokens: Known tokens of sequences admitted again after a preemption.
         resumed_tokens_cached: Those that the prefix cache spared; never part of its hits above.
+        tokens_moved: Tokens copied to other slots by compaction, counted once per group.
     """
 
     num_running: int
@@ -44,6 +46,7 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     recomputed_tokens: int
     resumed_tokens: int
     resumed_tokens_cached: int
+    tokens_moved: int
 
     @property
     def kv_cache_usage(self) -> float:

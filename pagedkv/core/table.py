@@ -8,6 +8,7 @@ import numpy.typing as npt
 from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64
 from pagedkv.core.plan import Penalties, SamplingBatch
 from pagedkv.core.request import Sequence
+from pagedkv.core.tokens import TokenColumns
 
 __all__ = ["SequenceTable"]
 
@@ -32,6 +33,8 @@ class SequenceTable:
         next_position: The position that the next token's query and key are rotated to.
         num_evicted: Tokens that eviction has forgotten, summed over groups.
         forfeited: The attention mass they had when they went, summed over groups.
+        left_out: The leave-one-out error they had when they went, summed over groups.
+        by_token: Whether the policy evicts single tokens; what it knows of them is in ``tokens``.
         prompt_logprobs: Alternatives to report per prompt token; -1 reports nothing.
         num_scored: Prompt tokens up to here have had their log-probabilities.
         replay_until: While fewer tokens are computed, logged evictions are done over again.
@@ -62,6 +65,9 @@ class SequenceTable:
         self.next_position: Int32 = np.zeros(rows, np.int32)
         self.num_evicted: Int64 = np.zeros(rows, np.int64)
         self.forfeited: Float64 = np.zeros(rows, np.float64)
+        self.left_out: Float64 = np.zeros(rows, np.float64)
+        self.by_token: Bool = np.zeros(rows, np.bool_)
+        self.tokens = TokenColumns(num_groups, rows)
         self.prompt_logprobs: Int32 = np.full(rows, -1, np.int32)
         self.num_scored: Int32 = np.zeros(rows, np.int32)
         self.replay_until: Int32 = np.zeros(rows, np.int32)
@@ -109,6 +115,8 @@ class SequenceTable:
         self.next_position[row] = 0
         self.num_evicted[row] = 0
         self.forfeited[row] = 0
+        self.left_out[row] = 0
+        self.by_token[row] = False
         self.replay_until[row] = 0
         self.num_resident[:, row] = 0
         self.num_blocks[:, row] = 0
@@ -198,7 +206,41 @@ class SequenceTable:
             column = getattr(self, name)
             column[:, rows, :width] = np.take_along_axis(column[:, rows, :width], order, axis=2)
         self.num_blocks[:, rows] = (keep & used).sum(axis=2)
+        at = np.flatnonzero(self.by_token[rows])
+        if len(at):
+            slots = np.repeat(keep[:, at], self.block_size, axis=2)
+            resident = np.arange(slots.shape[2]) < self.num_resident[:, rows[at], None]
+            self.tokens.keep(rows[at], slots & resident)
         return dropped
+
+    def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:
+        """Give rows that evict by token other blocks for the tokens that stayed.
+
+        Args:
+            rows: [B] Rows; ``tokens`` knows already which tokens stayed.
+            blocks: [groups, B, width] Their blocks.
+            num_blocks: [groups, B] How many of those are in use.
+        """
+        width = blocks.shape[2]
+        self.block_table[:, rows, :width] = blocks
+        first = self.tokens.first_position[:, rows, : width * self.block_size : self.block_size]
+        self.first_position[:, rows, :width] = first
+        self.rotation[:, rows, :width] = first
+        self.num_blocks[:, rows] = num_blocks
+
+    def note_tokens(self, rows: Int32, counts: Int32) -> None:
+        """Let rows that evict by token know the tokens that come next; their blocks are there."""
+        at = np.flatnonzero(self.by_token[rows])
+        if len(at):
+            rows = rows[at]
+            width = int(self.num_blocks[:, rows].max()) * self.block_size
+            self.reserve_slots(width)
+            resident = self.num_resident[:, rows]
+            self.tokens.append(rows, resident, self.num_computed[rows], counts[at])
+
+    def reserve_slots(self, width: int) -> None:
+        """Make ``tokens`` at least ``width`` wide."""
+        self.tokens.reserve(width, np.flatnonzero(self.by_token).astype(np.int32))
 
     def copy_entries(self, row: int, children: Int32) -> None:
         """Give rows the block tables, scores and progress of another row."""
@@ -208,8 +250,10 @@ class SequenceTable:
         for name in ("num_blocks", "num_resident"):
             column = getattr(self, name)
             column[:, children] = column[:, [row]]
-        for name in ("num_computed", "next_position", "num_evicted", "forfeited"):
+        for name in ("num_computed", "next_position", "num_evicted", "forfeited", "left_out"):
             getattr(self, name)[children] = getattr(self, name)[row]
+        if self.by_token[row]:
+            self.tokens.copy(row, children)
 
     def blocks_of(self, row: int) -> Int32:
         """Return a row's blocks, the tails of all groups first: [N] ids.

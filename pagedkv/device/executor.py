@@ -41,12 +41,15 @@ class TorchExecutor:
         self.operator = operator
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, run the packed tokens through the model, draw a token per sample.
+        """Move and copy, run the packed tokens through the model, draw a token per sample.
 
         Cost:
             Beside the model's own: a step's logits, one row of the vocabulary per draw and per
             prompt token that wants its log-probability. None is kept.
         """
+        if len(plan.moves):
+            moves = torch.from_numpy(plan.moves)
+            self.store.move_slots(moves[:, 0], moves[:, 1])
         if len(plan.copies):
             copies = torch.from_numpy(plan.copies).long()
             self.store.copy_blocks(copies[:, 0], copies[:, 1])

@@ -1,4 +1,4 @@
-"""What eviction is told: per-block attention mass and its relatives, from the attention call.
+"""What eviction is told: attention mass and its relatives, by block or token, from the attention.
 
 Every number is defined in `pagedkv.eviction.scores`. Mass comes from the log-sum-exps that the
 operator writes as it goes: ``exp(lse_b - lse)`` is exactly the softmax mass of a block, so no
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.core.arrays import Int64
+from pagedkv.core.arrays import Float32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
 
@@ -65,9 +65,10 @@ class LayerView:
 class Observer:
     """Gathers one `Observation` of a step, layer by layer.
 
-    Sums over queries are taken at the end, because what is reduced over heads and layers first
-    need not be linear. In a layer little more is done than to copy what the next layer overwrites:
-    many small calls would cost a decode step more than all of their arithmetic.
+    Sums over queries are taken once all layers of a group are in, because what is reduced over
+    heads and layers first need not be linear. In a layer little more is done than to copy what the
+    next layer overwrites: many small calls would cost a decode step more than all of their
+    arithmetic.
     """
 
     def __init__(self, plan: StepPlan, layout: GroupLayout, block_size: int, wanted: Observation):
@@ -90,10 +91,11 @@ class Observer:
         self._sealed = plan.num_resident[:, wanted.members] // block_size
         step = np.diff(plan.query_start)[wanted.members]
         self._sealed_before = (plan.num_resident[:, wanted.members] - step) // block_size
-        self._seen = torch.zeros((groups, len(tokens), width))
+        # By query only where a group's layers come one after the other: there are few groups then.
+        self._seen = torch.zeros((groups if self._layers > 1 else 0, len(tokens), width))
         self._mass = torch.zeros((groups, len(count), width))
-        self._static = torch.zeros((groups, len(count), width))
-        self._ask(tokens, (end - 1).astype(np.int64), plan.num_tokens)
+        self._values = torch.zeros((groups, len(count), width))
+        self._ask(tokens, (end - 1).astype(np.int64), int(plan.query_start[-1]))
 
     def _ask(self, tokens: Int64, last: Int64, num_tokens: int) -> None:
         """Settle which queries' masses are looked at: all that observe, and each one's last."""
@@ -146,13 +148,14 @@ class Observer:
     def _add(self, groups: Tensor, mass: Tensor) -> None:
         """Reduce masses [tables, N, H, W] over heads and add them to what was seen."""
         self._heads = mass.shape[2] * self._layers
-        if self._gqa == "max":
-            best = mass.amax(dim=2)
-            index = groups[:, None, None].expand_as(best)
-            self._seen.scatter_reduce_(0, index, best, "amax")
+        heads = self._heads if self._gqa == "mean" else 1
+        seen = mass.amax(dim=2) if self._gqa == "max" else mass.sum(dim=2) / heads
+        if self._layers == 1:  # nothing is to come for these groups: keep no more than their sums
+            self._values[groups] = torch.from_numpy(self._heard(groups.numpy(), seen.numpy()))
+        elif self._gqa == "max":
+            self._seen.scatter_reduce_(0, groups[:, None, None].expand_as(seen), seen, "amax")
         else:
-            heads = self._heads if self._gqa == "mean" else 1
-            self._seen.index_add_(0, groups, mass.sum(dim=2) / heads)
+            self._seen.index_add_(0, groups, seen)
 
     def examine(self, group: int, layer: LayerView) -> None:
         """Look at more of a table in one layer than masses; where `looks_closer`."""
@@ -177,32 +180,37 @@ class Observer:
             reduced = _REDUCE[self._gqa](values)
             at = torch.from_numpy(entries)
             if self._gqa == "max":
-                first = self._static[group, member, at] == 0
-                best = torch.maximum(self._static[group, member, at], reduced)
-                self._static[group, member, at] = torch.where(first, reduced, best)
+                first = self._values[group, member, at] == 0
+                best = torch.maximum(self._values[group, member, at], reduced)
+                self._values[group, member, at] = torch.where(first, reduced, best)
             else:
                 heads = values.shape[1] * self._layers if self._gqa == "mean" else 1
-                self._static[group, member, at] += reduced / heads
+                self._values[group, member, at] += reduced / heads
 
     def result(self) -> Observed:
         """Return what was observed, once every layer was taken in."""
         self._settle()
-        if self._kind in _STATIC or not len(self._tokens):
-            return Observed(values=self._static.numpy(), mass=self._mass.numpy())
-        width = self._seen.shape[2]
-        whole = (np.arange(1, width + 1) * self._block_size - 1) <= self._index[:, :, None]
-        seen = np.where(whole, self._seen.numpy(), np.float32(0))
-        visible = (self._index + 1)[:, :, None].astype(np.float32)
+        if self._layers > 1 and self._kind not in _STATIC and len(self._tokens):
+            groups = np.arange(len(self._index))
+            self._values = torch.from_numpy(self._heard(groups, self._seen.numpy()))
+        return Observed(values=self._values.numpy(), mass=self._mass.numpy())
+
+    def _heard(self, groups: Int64, seen: Float32) -> Float32:
+        """Turn reduced masses by query into what the kind names: [G, N, W] to [G, M, W]."""
+        index, size = self._index[groups][:, :, None], np.float32(self._block_size)
+        whole = np.arange(1, seen.shape[2] + 1) * self._block_size - 1 <= index
+        visible = (index + 1).astype(np.float32)
+        seen = np.where(whole, seen, np.float32(0))
         if self._kind.startswith("lift"):
-            seen = seen * (visible / np.float32(self._block_size))
+            seen = seen * (visible / size)
         elif self._kind == "mass_low":
             scale = self._heads if self._gqa == "sum" else 1
-            seen = (whole & (seen * visible < scale * self._block_size)).astype(np.float32)
-        return Observed(values=self._over_queries(seen), mass=self._mass.numpy())
+            seen = (whole & (seen * visible < scale * size)).astype(np.float32)
+        return self._over_queries(seen)
 
-    def _over_queries(self, seen: np.ndarray) -> np.ndarray:
+    def _over_queries(self, seen: Float32) -> Float32:
         """Reduce [G, N, W] over the queries of each member: [G, M, W]."""
-        values = np.zeros(self._mass.shape, np.float32)
+        values = np.zeros((len(seen), *self._mass.shape[1:]), np.float32)
         present, begin = np.unique(self._member, return_index=True)
         if self._kind == "mass_last":
             ends = np.append(begin[1:], len(self._member)) - 1

@@ -91,6 +91,11 @@ class KVStore:
         self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
 
     @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one slot: a token's keys and values in the layers and heads of a group."""
+        return self.num_bytes // self._key_slots.shape[1]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole pool."""
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -106,6 +111,19 @@ class KVStore:
         """
         self._key_slots[slot_layer].index_copy_(0, slots, key.reshape(len(slots), -1))
         self._value_slots[slot_layer].index_copy_(0, slots, value.reshape(len(slots), -1))
+
+    def move_slots(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy single slots in every layer, reading all sources before a target is written.
+
+        Args:
+            sources: int64 [M]
+            targets: int64 [M], each at most once; a slot may be on both sides.
+
+        Cost: room for M slots of one layer; `bytes_per_block` / block size for each slot.
+        """
+        for pool in (self._key_slots, self._value_slots):
+            for layer in pool:
+                layer.index_copy_(0, targets, layer.index_select(0, sources))
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole blocks in every layer; int64 [C] each, no block on both sides."""

@@ -25,7 +25,7 @@ def observe_from(policy: Policy, view: View, count: Int) -> Int:
         return np.asarray(count)
     if score.lookback != "window":
         return np.zeros_like(count)
-    cadence = policy.cadence(view.block_size)
+    cadence = policy.cadence(view.round_size)
     size = cadence.bucket(policy.parameter or 1)
     end = cadence.next_round(view.num_computed, view.num_prompt)
     return np.clip((end - 1) // size * size - view.num_computed, 0, count)
@@ -68,7 +68,7 @@ def update(policy: Policy, view: View, count: Int, observation: Float32) -> tupl
         seen=observing_queries(policy, view, count),
         start=np.where(count > 0, view.num_computed, 0),
         num_prompt=view.num_prompt,
-        cadence=policy.cadence(view.block_size),
+        cadence=policy.cadence(view.round_size),
     )
     return score.update(step, policy.parameter or 0.0)
 
@@ -80,5 +80,5 @@ def rank(policy: Policy, view: View) -> Float32:
     queries that observed a block, so few of them weigh as much as many; sums and counts are not,
     so they put a new block behind: give their policies ``recent``.
     """
-    ranks = policy.scorer().rank(view, policy.cadence(view.block_size), policy.parameter or 0.0)
+    ranks = policy.scorer().rank(view, policy.cadence(view.round_size), policy.parameter or 0.0)
     return ranks.astype(np.float32, copy=False)

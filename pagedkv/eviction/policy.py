@@ -42,8 +42,10 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "ada", the heads of a layer compete for it.
         gqa: How mass is reduced over the query heads, and layers, that share a table.
         positions: "cache" closes the gaps that eviction leaves, "original" keeps them; "auto" is
-            "cache" if the model has rotary positions.
-        unit: Evict whole blocks ("block"), or tokens, repacking what is left ("token").
+            "cache" if the model has rotary positions and whole blocks are evicted.
+        unit: Evict whole blocks ("block"), or tokens, repacking what is left ("token"); every
+            count of blocks in these words is then one of tokens. Tokens keep their original
+            positions: their keys are moved as they are, and each would want a turn of its own.
         chunk: Prompt tokens between two rounds of eviction; rounded up to whole blocks.
 
     Raises:
@@ -78,6 +80,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.score in SCORES and self.parameter is None:
             msgspec.structs.force_setattr(self, "parameter", SCORES[self.score].parameter)
         _check_score(self)
+        _check_unit(self)
         _check_budget(self)
         _check_protection(self)
 
@@ -90,6 +93,11 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def capped(self) -> bool:
         """Whether the policy bounds what stays."""
         return not (self.tokens is None and self.ratio is None and self.adaptive is None)
+
+    @property
+    def scores_errors(self) -> bool:
+        """Whether entries are ranked by how far the output moves without them."""
+        return self.evicts and self.scorer().observe == "lobo_sum"
 
     @property
     def most_tokens(self) -> int | None:
@@ -140,6 +148,15 @@ def _check_score(policy: Policy) -> None:
         )
 
 
+def _check_unit(policy: Policy) -> None:
+    if policy.unit == "token" and policy.positions == "cache":
+        raise _fault(
+            "positions",
+            "cache positions close gaps between blocks, and unit=token leaves them between tokens",
+            "give positions=original, or unit=block",
+        )
+
+
 def _check_budget(policy: Policy) -> None:
     caps = [name for name in ("tokens", "ratio", "adaptive") if getattr(policy, name) is not None]
     if len(caps) > 1:
@@ -181,7 +198,12 @@ def _check_protection(policy: Policy) -> None:
 
 
 def check(
-    policy: Policy, block_size: int, *, has_rope: bool = True, granularity: str | None = None
+    policy: Policy,
+    block_size: int,
+    *,
+    has_rope: bool = True,
+    windowed: bool = False,
+    granularity: str | None = None,
 ) -> Policy:
     """Return the policy with "auto" positions resolved, if it can serve this cache and model.
 
@@ -189,24 +211,29 @@ def check(
         policy: The policy.
         block_size: Tokens in a block.
         has_rope: Whether the model rotates queries and keys by position.
+        windowed: Whether any of its layers has a sliding window, which is measured in positions:
+            closing gaps would move keys into it.
         granularity: "sequence", "layer" or "head"; None leaves ``spread`` unchecked.
 
     Raises:
-        PolicyError: The budget is under one block, ``cache`` positions are asked of a model
-            without rotary positions, ``spread`` has nothing to spread over, or an out-of-tree
-            score cannot be loaded.
+        PolicyError: A budget of blocks is under one block, ``cache`` positions are asked of a
+            model without rotary positions or with sliding windows, ``spread`` has nothing to
+            spread over, or an out-of-tree score cannot be loaded.
     """
     least = policy.tokens if policy.adaptive is None else policy.adaptive[0]
-    if least is not None and least < block_size:
+    if least is not None and least < block_size and policy.unit == "block":
         raise _fault(
             "tokens" if policy.adaptive is None else "adaptive",
             f"a budget of {least} tokens is under one block of {block_size}",
-            f"give at least {block_size}, or smaller blocks",
+            f"give at least {block_size}, smaller blocks, or unit=token",
         )
-    if policy.positions == "cache" and not has_rope:
+    closes = has_rope and not windowed
+    if policy.positions == "cache" and not closes:
         raise _fault(
             "positions",
-            "cache positions need a model with rotary positions",
+            "cache positions would move keys within the model's sliding windows"
+            if has_rope
+            else "cache positions need a model with rotary positions",
             "give positions=original, or auto",
         )
     needs = {"pyramid": ("layer", "head"), "ada": ("head",)}.get(policy.spread)
@@ -219,7 +246,8 @@ def check(
     policy.scorer()
     if policy.positions != "auto":
         return policy
-    return msgspec.structs.replace(policy, positions="cache" if has_rope else "original")
+    closes &= policy.unit == "block"
+    return msgspec.structs.replace(policy, positions="cache" if closes else "original")
 
 
 def lookback(policy: Policy, block_size: int) -> int | None:

@@ -24,7 +24,9 @@ class View(Struct, frozen=True, kw_only=True, eq=False):
         num_resident: [N] Tokens resident; every entry but the tail is full.
         num_computed: [N] Tokens computed so far, evicted ones included.
         num_prompt: [N] Tokens of the prompt; decides where the eviction rounds lie.
-        block_size: Tokens in a block; 1 ranks single tokens.
+        block_size: Tokens in an entry: in a block, or 1 where single tokens are ranked.
+        stride: Tokens between two rounds after the prompt: the size of the blocks, also where
+            single tokens are ranked that lie in them; 0 is ``block_size``.
         layers: Layers with a table of their own; 1 where all share one.
         heads: KV heads with a table of their own in each of those layers.
         pressure: How much of the pool is in use, from 0 to 1; only ``adaptive`` reads it.
@@ -37,6 +39,7 @@ class View(Struct, frozen=True, kw_only=True, eq=False):
     num_computed: Int
     num_prompt: Int
     block_size: int
+    stride: int = 0
     layers: int = 1
     heads: int = 1
     pressure: float = 0.0
@@ -52,6 +55,11 @@ class View(Struct, frozen=True, kw_only=True, eq=False):
         """[W] The index of each entry in its table."""
         return np.arange(self.score.shape[1])
 
+    @property
+    def round_size(self) -> int:
+        """Tokens between two rounds after the prompt, which places the rounds."""
+        return self.stride or self.block_size
+
     def rows(self, chosen: Int | Bool) -> "View":
         """Return the view of some of the N tables; layers and heads no longer divide it."""
         return View(
@@ -62,5 +70,6 @@ class View(Struct, frozen=True, kw_only=True, eq=False):
             num_computed=self.num_computed[chosen],
             num_prompt=self.num_prompt[chosen],
             block_size=self.block_size,
+            stride=self.stride,
             pressure=self.pressure,
         )

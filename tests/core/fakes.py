@@ -91,6 +91,7 @@ class RecordingExecutor:
         self._chains = {}
 
     def execute(self, plan):
+        assert not len(plan.moves), "nobody here evicts"
         self._copy(plan.copies)
         for g, slots in enumerate(plan.slot_mapping):
             assert len(np.unique(slots)) == len(slots), "two tokens are written to one slot"

@@ -18,6 +18,7 @@ from pagedkv.device.assembly import assemble
 from pagedkv.device.bridge import forward, register
 from pagedkv.device.models import _examined
 from pagedkv.device.tiny import _draw
+from tests.core.test_retention import kept_by
 from tests.eviction import naive
 
 __all__ = ["Oracle", "Server", "build_model", "random_prompt"]
@@ -75,7 +76,8 @@ class Table(naive.Table):
     """The blocks of one table, whose queries are heard from the oracle and not made up."""
 
     def __init__(self, policy, size, prompt):
-        super().__init__(policy, size, prompt, 0, 0, 0)
+        unit = 1 if policy.unit == "token" else size
+        super().__init__(policy, unit, prompt, 0, 0, 0, stride=size)
         self.ends = {}
 
     def epoch_end(self, query):
@@ -103,9 +105,9 @@ class Table(naive.Table):
         return super().rank(block)
 
     def slide(self, window):
-        """Forget blocks that no later query can see."""
-        while window and self.blocks and self.size <= self.resident - window + 1:
-            self.blocks.pop(0)
+        """Forget whole blocks of slots that no later query can see."""
+        while window and self.blocks and self.stride <= self.resident - window + 1:
+            del self.blocks[: self.stride // self.size]
 
 
 class Oracle:
@@ -115,11 +117,12 @@ class Oracle:
         survivors: Computed tokens to the first positions of each table's blocks, after every round.
         num_evicted: Tokens forgotten, mean over tables.
         forfeited: Mass that their blocks had from the latest query, mean over tables.
+        left_out: Mean leave-one-out error over the queries that saw them, mean over tables.
     """
 
     def __init__(self, loaded, policy, block_size, num_prompt, granularity="sequence"):
         geometry = loaded.geometry
-        self.loaded, self.policy, self.size = loaded, policy, block_size
+        self.loaded, self.policy = loaded, policy
         self.layers, self.heads = geometry.num_layers, geometry.num_kv_heads
         self.per_head = geometry.num_query_heads // self.heads
         self.windows = [window_of(loaded.model.config, i) for i in range(self.layers)]
@@ -133,8 +136,9 @@ class Oracle:
         self.memory = {
             (layer, head): ([], []) for layer in range(self.layers) for head in range(self.heads)
         }
+        self.size = self.tables[0][0].size
         self.survivors = {}
-        self.num_evicted = self.forfeited = 0.0
+        self.num_evicted = self.forfeited = self.left_out = 0.0
 
     @property
     def flat(self):
@@ -280,6 +284,8 @@ class Oracle:
             gone = [block for block in blocks if block not in table.blocks]
             self.num_evicted += self.size * len(gone) / len(before)
             self.forfeited += sum(block.latest for block in gone) / len(before)
+            if self.policy.score == "lobo":
+                self.left_out += sum(map(table.rank, gone)) / len(before)
 
 
 def rotate(vectors, places, angles):
@@ -373,11 +379,8 @@ class Server:
         table = self.scheduler.table
         for row in table.running.tolist():
             name = self.names[int(table.seq_id[row])]
-            firsts = [
-                table.first_position[g, row, : table.num_blocks[g, row]].tolist()
-                for g in range(table.num_groups)
-            ]
-            self.survivors.setdefault(name, {})[int(table.num_computed[row])] = firsts
+            kept = self.survivors.setdefault(name, {})
+            kept[int(table.num_computed[row])] = kept_by(table, row)
         for end in output.finished:
             self.end(end)
         if len(self.plans) % self.audits == 0:

@@ -34,10 +34,11 @@ class Block:
 class Table:
     """One table of one sequence: grows token by token."""
 
-    def __init__(self, policy, size, prompt, group, row, seed):
+    def __init__(self, policy, size, prompt, group, row, seed, *, stride=None):
         self.policy, self.size, self.prompt = policy, size, prompt
+        self.stride = stride or size  # tokens between rounds; size 1 with a stride ranks tokens
         self.group, self.row, self.seed = group, row, seed
-        self.chunk = math.ceil(policy.chunk / size) * size
+        self.chunk = math.ceil(policy.chunk / self.stride) * self.stride
         self.blocks = []
         self.computed = 0
 
@@ -66,7 +67,7 @@ class Table:
     # Scores
 
     def is_round(self, computed):
-        return is_round(computed, self.prompt, self.chunk, self.size)
+        return is_round(computed, self.prompt, self.chunk, self.stride)
 
     def epoch_start(self, query):
         return next((at for at in range(query, 0, -1) if self.is_round(at)), 0)
@@ -75,7 +76,8 @@ class Table:
         return next(at for at in range(query + 1, 9999) if self.is_round(at))
 
     def bucket(self):
-        size, width = self.size, math.ceil(self.policy.parameter / self.size) * self.size
+        size = self.stride
+        width = math.ceil(self.policy.parameter / size) * size
         if self.policy.parameter >= self.chunk:
             return math.ceil(self.policy.parameter / self.chunk) * self.chunk
         while self.chunk % width:
