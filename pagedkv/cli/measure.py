@@ -73,6 +73,7 @@ def _throughput(
     result = throughput_result(elapsed, _lengths(outputs), totals)
     result["computed_tokens"] = progress.computed_tokens
     result["peak_kv_cache_usage"] = progress.peak_usage
+    result["bytes_moved"] = totals["tokens_moved"] * llm.store.bytes_per_slot
     result["evicted_tokens"] = sum(output.num_evicted_tokens for output in outputs)
     result["failed"] = _failed(outputs)
     result |= provenance(args.model, args.dtype, llm.config, args.seed, _workload(args))

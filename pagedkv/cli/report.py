@@ -132,6 +132,11 @@ def _throughput_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{result['evicted_tokens']:,.0f}",
             f"policy {result['config']['cache']['eviction']}",
         ),
+        (
+            "bytes moved",
+            f"{result['bytes_moved']:,}",
+            f"{result['tokens_moved']:,} tokens repacked by compaction",
+        ),
         ("peak KV use", f"{result['peak_kv_cache_usage']:.1%}", f"of {blocks:,} blocks"),
         ("failed", f"{result['failed']:,}", "sequences"),
     ]

@@ -167,11 +167,12 @@ def _continued(llm: "LLM", windows: list[list[int]], output_len: int) -> list[Pa
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """One cell's run: per passage its scores and the most blocks it held; the seconds of all."""
+    """One cell's run: per passage its scores and the most blocks it held; else of all."""
 
     scores: "list[ScoreOutput]"
     blocks: list[int]
     bytes_per_block: int
+    bytes_moved: int
     seconds: float
 
 
@@ -242,12 +243,14 @@ def _measure(
             granularity, model = cell.granularity, llm.model
             llm = LLM(model, dtype=args.dtype, config=configs[granularity], max_model_len=longer)
         watch.begin(llm, cell.label)
+        before = llm.scheduler.stats().tokens_moved
         start = time.perf_counter()
         scores = llm.score([each.token_ids for each in material], eviction=cell.policy)
         measured = Measured(
             scores=scores,
             blocks=watch.blocks,
             bytes_per_block=llm.store.num_bytes // llm.scheduler.manager.pool.num_blocks,
+            bytes_moved=(llm.scheduler.stats().tokens_moved - before) * llm.store.bytes_per_slot,
             seconds=time.perf_counter() - start,
         )
         items = [metric.of(each, one) for each, one in zip(material, scores, strict=True)]
@@ -275,6 +278,7 @@ def _cell_result(
         "evicted_fraction": float(
             np.mean([one.num_evicted_tokens / len(one.token_ids) for one in scores])
         ),
+        "bytes_moved": measured.bytes_moved,
         "forfeited_mass": float(np.mean([one.forfeited_mass for one in scores])),
         "num_preemptions": sum(one.num_preemptions for one in scores),
         "per_passage": [metric.value([each]) for each in items],

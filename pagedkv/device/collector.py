@@ -143,6 +143,7 @@ class OutputCollector:
             num_preemptions=end.num_preemptions,
             num_evicted_tokens=end.num_evicted_tokens,
             forfeited_mass=end.forfeited_mass,
+            leave_one_out_error=end.leave_one_out_error,
         )
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -33,8 +33,11 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
         num_preemptions: How often its blocks were taken and its tokens computed again.
         num_evicted_tokens: Tokens that its eviction policy has forgotten, mean over groups; 0 says
             that the policy never fired.
-        forfeited_mass: The attention mass that their blocks got from the last query before they
-            went, summed over blocks, mean over groups.
+        forfeited_mass: The attention mass that they got from the last query before they went,
+            summed, mean over groups.
+        leave_one_out_error: How far leaving them out moves the attention output: the mean over
+            the queries that saw each block, or token, before it went, summed over those that
+            went, mean over groups. None unless the policy scores by it (``lobo``).
     """
 
     index: int
@@ -47,6 +50,7 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
+    leave_one_out_error: float | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -112,6 +116,12 @@ class RequestOutput(Struct, frozen=True, kw_only=True):
         """The attention mass that its sequences have forfeited, all together."""
         return sum(output.forfeited_mass for output in self.outputs)
 
+    @property
+    def leave_one_out_error(self) -> float | None:
+        """The leave-one-out error of what its sequences have forgotten; None if not scored."""
+        errors = [output.leave_one_out_error for output in self.outputs]
+        return None if None in errors else sum(error for error in errors if error is not None)
+
 
 class ScoreOutput(Struct, frozen=True, kw_only=True, eq=False):
     """The log-probabilities of given tokens under an eviction policy, and what it forgot.
@@ -125,6 +135,7 @@ class ScoreOutput(Struct, frozen=True, kw_only=True, eq=False):
         greedy: [T - 1] The likeliest token in each one's place.
         num_evicted_tokens: As in `CompletionOutput`.
         forfeited_mass: As in `CompletionOutput`.
+        leave_one_out_error: As in `CompletionOutput`.
         num_preemptions: As in `CompletionOutput`.
     """
 
@@ -133,6 +144,7 @@ class ScoreOutput(Struct, frozen=True, kw_only=True, eq=False):
     greedy: Int32
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
+    leave_one_out_error: float | None = None
     num_preemptions: int = 0
 
     @classmethod
@@ -157,6 +169,7 @@ class ScoreOutput(Struct, frozen=True, kw_only=True, eq=False):
             greedy=greedy,
             num_evicted_tokens=output.num_evicted_tokens,
             forfeited_mass=output.forfeited_mass,
+            leave_one_out_error=output.leave_one_out_error,
             num_preemptions=output.num_preemptions,
         )
 

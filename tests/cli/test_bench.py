@@ -188,6 +188,12 @@ def test_throughput_under_eviction_counts_what_was_forgotten(cli, tmp_path):
     result, out = measured(cli, tmp_path, "throughput", *args, "--eviction", policy)
     assert result["evicted_tokens"] > 50
     assert f"policy {policy}" in out
+    assert result["bytes_moved"] == 0, "whole blocks go without a copy"
+    by_token, _ = measured(
+        cli, tmp_path, "throughput", *args, "--eviction", f"{policy} + unit=token"
+    )
+    assert by_token["tokens_moved"] > 0
+    assert by_token["bytes_moved"] % by_token["tokens_moved"] == 0
 
 
 def test_throughput_of_a_file(cli, tmp_path):
@@ -231,7 +237,7 @@ def test_the_table_is_narrow_with_large_numbers():
     totals = dict.fromkeys(msgspec.structs.asdict(Scheduler().stats()), 123_456_789)
     result = results.throughput_result(12345.6, [(10**8, 10**8)] * 3, totals)
     result |= {"computed_tokens": 10**9, "peak_kv_cache_usage": 1.0, "failed": 0}
-    result |= {"evicted_tokens": 10**9}
+    result |= {"evicted_tokens": 10**9, "bytes_moved": 10**12}
     result |= {"config": {"cache": {"num_blocks": 10**7, "eviction": "sinks=4 + recent=252"}}}
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(table(result))

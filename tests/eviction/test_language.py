@@ -44,8 +44,9 @@ def policies(draw):
     if rule := draw(st.sampled_from(rules)):
         fields[rule] = draw(SHARE)
     fields["gqa"] = draw(st.sampled_from(["sum", "mean", "max"]))
-    fields["positions"] = draw(st.sampled_from(["auto", "cache", "original"]))
-    fields["unit"] = draw(st.sampled_from(["block", "token"]))
+    fields["unit"] = unit = draw(st.sampled_from(["block", "token"]))
+    kinds = ["auto", "original"] + ["cache"] * (unit == "block")
+    fields["positions"] = draw(st.sampled_from(kinds))
     return Policy(floor=draw(st.integers(0, 200)), **fields)
 
 
@@ -142,6 +143,7 @@ def test_overrides_are_checked_alike(overrides, message):
         ({"score": "nope"}, "unknown score 'nope'"),
         ({"sinks": -1}, "sinks is -1"),
         ({"gqa": "median"}, "gqa is 'median'"),
+        ({"unit": "token", "positions": "cache"}, "unit=token leaves them between tokens"),
     ],
 )
 def test_a_struct_made_by_hand_is_checked_too(fields, message):
@@ -154,10 +156,14 @@ def test_check_against_a_cache_and_a_model():
     streaming = policy("streaming")
     assert check(streaming, 16).positions == "cache"
     assert check(streaming, 16, has_rope=False).positions == "original"
+    assert check(streaming, 16, windowed=True).positions == "original"
+    by_token = check(policy("streaming + budget=8 + unit=token"), 16)
+    assert (by_token.positions, by_token.tokens) == ("original", 8)
     faults = [
         (("streaming + budget=8", 16, {}), "a budget of 8 tokens is under one block of 16"),
         (("adaptive=8..64", 16, {}), "a budget of 8 tokens is under one block of 16"),
         (("streaming + positions=cache", 16, {"has_rope": False}), "rotary positions"),
+        (("streaming + positions=cache", 16, {"windowed": True}), "sliding windows"),
         (("h2o + spread=ada", 16, {"granularity": "layer"}), "set granularity to head"),
         (("h2o + spread=pyramid", 16, {"granularity": "sequence"}), "layer or head"),
     ]
