@@ -13,6 +13,8 @@ import pagedkv.core
 # The models of the tests are tiny: a second thread only makes them wait for each other, and on a
 # busy machine that takes longer than the work. Read by torch when it is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# xformers' kernels for CUDA run on CPU tensors, slowly. Read by triton when it is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "ci",

@@ -76,7 +76,7 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
     try:
         import torch
 
-        from pagedkv.device.operators import choose_operator
+        from pagedkv.device.dispatch import choose_operator
     except (ImportError, UnsupportedBackend) as fault:
         return {"unavailable": f"{fault}; install it with: pip install 'pagedkv[torch]'"}
     facts: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """xformers attention operators over paged KV: ours for the CPU, xformers' own elsewhere.
 
-The only file that imports xformers. xformers has no operator for the CPU; `CpuPagedOp` is one, and
-`ReferenceOp` is its slow plain-torch twin. Both are used through xformers' public calls:
+The only file that imports xformers; `splitk.py` wraps its kernel for CUDA. xformers has no operator
+for the CPU; `CpuPagedOp` is one, and `ReferenceOp` is its slow plain-torch twin. All are used
+through xformers' public calls:
 
     bias = PagedBias.build(query_start, num_resident, block_table, block_size)
     out = xformers.ops.memory_efficient_attention_forward(q, k, v, attn_bias=bias, op=CpuPagedOp)
@@ -45,9 +46,20 @@ def _quietly() -> Iterator[None]:
 with _quietly():
     import xformers.ops as _ops
     from xformers.ops.fmha import attn_bias as _biases
-    from xformers.ops.fmha import common as _common
+    from xformers.ops.fmha import common, triton_splitk
 
-__all__ = ["CpuPagedOp", "PagedBias", "ReferenceOp", "choose_operator", "paged_attention"]
+__all__ = [
+    "CpuPagedOp",
+    "PagedBias",
+    "PagedOp",
+    "ReferenceOp",
+    "common",
+    "outputs",
+    "paged_attention",
+    "read",
+    "result",
+    "triton_splitk",
+]
 
 Ints = npt.NDArray[np.integer[Any]]
 
@@ -181,7 +193,7 @@ class PagedBias(_biases.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # ty
         dense: torch.Tensor = super().materialize(shape, dtype, device)
         if not self.window:
             return dense
-        batch = _read(self)
+        batch = read(self)
         dense = dense.clone()
         for b in range(len(batch.resident)):
             keys = batch.slots(b)
@@ -190,7 +202,7 @@ class PagedBias(_biases.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # ty
         return dense
 
 
-def _read(bias: Any) -> Batch:
+def read(bias: Any) -> Batch:
     """The kernel's view of a bias, remembered on one of ours."""
     if isinstance(bias, PagedBias):
         if "batch" not in bias.prepared:
@@ -218,7 +230,7 @@ _ALL_KEYS = (
 )
 
 
-class _PagedOp(_common.AttentionFwOpBase):  # type: ignore[misc]
+class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
     """What our two operators declare to xformers."""
 
     OPERATOR = True
@@ -245,7 +257,7 @@ class _PagedOp(_common.AttentionFwOpBase):  # type: ignore[misc]
         for name in ("query", "key", "value"):
             if getattr(d, name).stride(-1) != 1 and getattr(d, name).shape[-1] > 1:
                 reasons.append(f"{name}.stride(-1) is not 1: call .contiguous()")
-        batch = _read(d.attn_bias)
+        batch = read(d.attn_bias)
         if batch.query_start[-1] != d.query.shape[1]:
             reasons.append(
                 f"the bias is for {batch.query_start[-1]} queries, not {d.query.shape[1]}"
@@ -257,7 +269,7 @@ class _PagedOp(_common.AttentionFwOpBase):  # type: ignore[misc]
         return reasons
 
 
-def _outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Empty fp32 out [1, T, G, H, D] and lse [G * H, T]; block lse [T, G * H, W] if wanted."""
     _, tokens, groups, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=torch.float32)
@@ -271,16 +283,16 @@ def _outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     return out, lse, bias.block_lse
 
 
-def _result(inp: Any, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def result(inp: Any, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """What `apply` returns, in xformers' shapes and the output dtype."""
     if isinstance(inp.attn_bias, PagedBias):
         inp.attn_bias.lse = lse
     shape = inp.query.shape
     out = out.view(shape).to(inp.get_output_dtype())
-    return out, _common.Context(out=out, lse=lse.view(1, *shape[2:-1], shape[1]))
+    return out, common.Context(out=out, lse=lse.view(1, *shape[2:-1], shape[1]))
 
 
-class CpuPagedOp(_PagedOp):
+class CpuPagedOp(PagedOp):
     """Attention on the CPU over blocks read in place, by the native kernel.
 
     fp32, fp16 or bf16 in memory, fp32 arithmetic; any head size, group size and block size; decode
@@ -301,15 +313,15 @@ class CpuPagedOp(_PagedOp):
         from . import cpu_call
 
         q, k, v = inp.get_qkv_in_bmghk()
-        out, lse, block_lse = _outputs(inp, q)
+        out, lse, block_lse = outputs(inp, q)
         if out.numel():
-            batch = _read(inp.attn_bias)
+            batch = read(inp.attn_bias)
             prepared = getattr(inp.attn_bias, "prepared", {})
             cpu_call.run(batch, prepared, (q, k, v), (out, lse, block_lse), inp.scale_float)
-        return _result(inp, out, lse)
+        return result(inp, out, lse)
 
 
-class ReferenceOp(_PagedOp):
+class ReferenceOp(PagedOp):
     """The same contract in plain torch, one dense fp32 softmax per sequence: the tests' oracle."""
 
     NAME = "pagedkv_reference"
@@ -318,43 +330,10 @@ class ReferenceOp(_PagedOp):
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
         """Run attention; returns (out, Context(out, lse)). Slow: gathers every context."""
         q, k, v = inp.get_qkv_in_bmghk()
-        out, lse, block_lse = _outputs(inp, q)
-        batch = _read(inp.attn_bias)
+        out, lse, block_lse = outputs(inp, q)
+        batch = read(inp.attn_bias)
         reference.run(batch, {}, (q, k, v), (out, lse, block_lse), inp.scale_float)
-        return _result(inp, out, lse)
-
-
-def choose_operator(device: torch.device | str, dtype: torch.dtype) -> Any:
-    """The operator for a device: a class for `op=`, or None to let xformers dispatch.
-
-    Raises:
-        UnsupportedBackend: Nothing serves this device and dtype; names what was tried and why not.
-    """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return None  # xformers knows best; it wants `PagedBias.plain()`
-    refusal = _cpu_refusal(kind, dtype)
-    if refusal:
-        raise UnsupportedBackend(
-            f"{CpuPagedOp.NAME} was tried and refused: {refusal}",
-            where="device.operators",
-            remedy="use device cpu or cuda, and float32, float16 or bfloat16",
-        )
-    return CpuPagedOp
-
-
-def _cpu_refusal(kind: str, dtype: torch.dtype) -> str:
-    if kind not in CpuPagedOp.SUPPORTED_DEVICES:
-        return f"device={kind} (supported: {CpuPagedOp.SUPPORTED_DEVICES})"
-    if dtype not in CpuPagedOp.SUPPORTED_DTYPES:
-        return f"dtype={dtype} (supported: {CpuPagedOp.SUPPORTED_DTYPES})"
-    try:
-        from . import simd
-    except ImportError as error:
-        return f"numba cannot be imported ({error}); install pagedkv[cpu]"
-    if dtype == torch.float16 and not simd.HAS_HALF:
-        return "this processor has no instruction that converts fp16"
-    return ""
+        return result(inp, out, lse)
 
 
 def paged_attention(
@@ -374,7 +353,7 @@ def paged_attention(
         value_cache: Like `key_cache`.
         bias: The step's; its `block_lse` and `lse` are overwritten.
         scale: Of the scores; D ** -0.5 if None.
-        op: What `choose_operator` gave.
+        op: What `dispatch.choose_operator` gave.
 
     Returns:
         [T, Hq, D] in the query's dtype.

@@ -36,15 +36,17 @@ class Batch:
             from_end: Causal, the last query sees every key.
             from_start: Causal, the first query sees the first key only.
         """
-        starts = bias.q_seqinfo.seqstart.numpy().astype(np.int64)
-        key_starts = bias.k_seqinfo.seqstart.numpy().astype(np.int64)
-        padded = hasattr(bias.k_seqinfo, "seqlen")
-        resident = bias.k_seqinfo.seqlen.numpy().astype(np.int64) if padded else np.diff(key_starts)
+        starts = np.asarray(bias.q_seqinfo.seqstart_py, np.int64)
+        key_starts = np.asarray(bias.k_seqinfo.seqstart_py, np.int64)
+        padded = hasattr(bias.k_seqinfo, "seqlen_py")
+        resident = np.diff(key_starts)
+        if padded:
+            resident = np.asarray(bias.k_seqinfo.seqlen_py, np.int64)
         first = np.ones_like(resident) if from_start else resident
         if from_end:
             first = resident - np.diff(starts) + 1
         if hasattr(bias, "block_tables"):
-            table, size = bias.block_tables.numpy(), bias.page_size
+            table, size = bias.block_tables.cpu().numpy(), bias.page_size
             base = np.zeros_like(resident)
             used = np.arange(table.shape[1]) * size < resident[:, None]
             highest = int(table.max(where=used, initial=-1))

@@ -79,7 +79,7 @@ def test_env_as_json(cli):
 
 
 def test_env_says_what_is_lacking(cli, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pagedkv.device.operators", None)
+    monkeypatch.setitem(sys.modules, "pagedkv.device.dispatch", None)
     code, out, _ = cli("env")
     assert code == 0
     assert "pip install 'pagedkv[torch]'" in out

@@ -18,7 +18,6 @@ from pagedkv.device.operators import (
     CpuPagedOp,
     PagedBias,
     ReferenceOp,
-    choose_operator,
     paged_attention,
 )
 from pagedkv.errors import UnsupportedBackend
@@ -414,16 +413,6 @@ def test_gradients_are_refused() -> None:
         case.run(CpuPagedOp, case.bias())
     with torch.no_grad():
         assert case.run(CpuPagedOp, case.bias()).isfinite().all()
-
-
-def test_choose_operator() -> None:
-    assert choose_operator("cpu", torch.float32) is CpuPagedOp
-    assert choose_operator(torch.device("cpu"), torch.bfloat16) is CpuPagedOp
-    assert choose_operator("cuda", torch.float16) is None
-    with pytest.raises(UnsupportedBackend, match=r"pagedkv_cpu was tried and refused: device=mps"):
-        choose_operator("mps", torch.float32)
-    with pytest.raises(UnsupportedBackend, match=r"dtype=torch\.float64"):
-        choose_operator("cpu", torch.float64)
 
 
 def test_plain_mask_is_refused_what_it_cannot_say() -> None:
