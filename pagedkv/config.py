@@ -125,6 +125,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
             first (``fifo``), least often found (``lfu``), never found before found once
             (``slru``), or by the ``priority`` of the requests that used them.
         enable_prefix_caching: Keep the blocks of finished sequences for prompts that begin alike.
+        num_cpu_blocks: Blocks in host memory that preempted sequences can be swapped to.
         enable_kv_cache_events: Record what becomes findable and what is reclaimed.
     """
 
@@ -137,6 +138,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     eviction: str = "full"
     reclaim: Literal["lru", "fifo", "lfu", "slru", "priority"] = "lru"
     enable_prefix_caching: bool = True
+    num_cpu_blocks: Annotated[int, Meta(ge=0, le=LARGEST_INT32)] = 0
     enable_kv_cache_events: bool = False
 
     def __post_init__(self) -> None:
@@ -155,9 +157,19 @@ class SchedulerConfig(Checked, frozen=True, kw_only=True):
     Attributes:
         max_num_seqs: The most sequences that run at once.
         max_num_batched_tokens: The most tokens computed in one step, over all sequences.
-        long_prefill_token_threshold: The most prompt tokens one sequence computes in a step;
-            0 leaves the whole budget to whoever comes first.
+        long_prefill_token_threshold: The most prompt tokens one sequence computes in a step in
+            which others could compute as well; 0 leaves the budget to whoever comes first.
+        scheduling_policy: Who is next: first come first served (``fcfs``), the lowest ``priority``,
+            the longest cached prefix (``lpm``), or the tenant served least so far (``fair``).
+        ageing_steps: Steps of waiting that are worth one level of priority, or one block of prefix.
+        max_skips: How many later requests may pass one that lacks blocks or rows.
+        tenants: Who may send requests, each as ``name`` or ``name=blocks``, the most blocks that
+            its running sequences may hold; none lets everybody.
+        admission: What a request must leave free to enter: all that running ones could ever need
+            (``guaranteed``), a part of it that adapts (``optimistic``), or just what they need for
+            the tokens they know (``greedy``).
         watermark: The fraction of the pool that admission leaves free for growth.
+        swap_cost: What moving one block to host memory and back costs, in tokens computed.
         seed: Where the seeds of requests that bring none are drawn from.
     """
 
@@ -166,7 +178,13 @@ class SchedulerConfig(Checked, frozen=True, kw_only=True):
     max_num_seqs: Count = 128
     max_num_batched_tokens: Count = 2048
     long_prefill_token_threshold: Annotated[int, Meta(ge=0)] = 0
+    scheduling_policy: Literal["fcfs", "priority", "lpm", "fair"] = "fcfs"
+    ageing_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT32)] = 256
+    max_skips: Annotated[int, Meta(ge=0, le=LARGEST_INT32)] = 0
+    tenants: tuple[str, ...] = ()
+    admission: Literal["guaranteed", "optimistic", "greedy"] = "greedy"
     watermark: Fraction = 0.0
+    swap_cost: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 

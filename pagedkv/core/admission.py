@@ -1,21 +1,88 @@
-"""Who may enter: what can never fit is refused, what does not fit now waits."""
+"""Who may enter: what can never fit is refused, what does not fit now waits.
+
+How much must stay free for those who run already is one of three small functions, from careless to
+careful: `greedy`, `optimistic`, `guaranteed`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import UNBOUNDED, Request, Sequence
+from pagedkv.core.table import FREE
+from pagedkv.core.tenants import NO_QUOTA, Tenants
 from pagedkv.errors import InvalidRequest, NeverFits
 from pagedkv.eviction import Policy
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "footprint", "reserved_ratio"]
+
+FIRST_RATIO = 0.7
+LEAST_RATIO = 0.1
+DECAY_STEPS = 600
+LOOK_AHEAD = 20
+
+
+class Need(NamedTuple):
+    """Blocks over all tables: for the tokens that are known, and the most there can ever be."""
+
+    now: int
+    ever: int
+
+
+def greedy(now: int, ever: int, ratio: float) -> int:
+    """Reserve what the known tokens need."""
+    return now
+
+
+def optimistic(now: int, ever: int, ratio: float) -> int:
+    """Reserve that and a share of what may come, which falls while all goes well."""
+    return now + int(ratio * max(0, ever - now))
+
+
+def guaranteed(now: int, ever: int, ratio: float) -> int:
+    """Reserve all there can ever be: nobody admitted is ever preempted for blocks."""
+    return max(now, ever)
+
+
+RESERVES = {"greedy": greedy, "optimistic": optimistic, "guaranteed": guaranteed}
+
+
+def footprint(tokens: Int32, max_blocks: Int32, block_size: int) -> Int32:
+    """Return the most blocks per table that sequences of so many computed tokens ever hold: [N]."""
+    blocks: Int32 = np.minimum(-(-tokens // block_size), max_blocks)
+    return blocks
+
+
+def reserved_ratio(num_generated: Int32, num_left: Int32) -> float:
+    """Return the share of the tokens still to come to reserve, after a preemption (SGLang's).
+
+    As if all running sequences went on for `LOOK_AHEAD` tokens and then ended in proportion.
+    """
+    total = int(num_generated.sum()) + int(num_left.sum())
+    done = int(num_generated.sum()) + LOOK_AHEAD * len(num_generated)
+    return min(1.0, done / (total + 1))
 
 
 class Admission:
-    """The rules of admission over one pool; reads the state and changes nothing."""
+    """The rules of admission over one pool; reads the state and changes nothing but its ratio.
 
-    def __init__(self, config: EngineConfig, manager: BlockManager) -> None:
+    Attributes:
+        ratio: The share that ``optimistic`` reserves.
+    """
+
+    def __init__(self, config: EngineConfig, manager: BlockManager, tenants: Tenants) -> None:
         self._config = config
         self._manager = manager
+        self._table = manager.table
+        self._tenants = tenants
+        self._reserve = RESERVES[config.scheduler.admission]
+        self._guaranteed = config.scheduler.admission == "guaranteed"
+        self.ratio = FIRST_RATIO
+
+    # At `add`
 
     def max_len(self, request: Request, policy: Policy) -> int:
         """Return the most tokens a request's sequences may know.
@@ -27,47 +94,193 @@ class Admission:
         limited = request.sampling.max_tokens is not None
         return UNBOUNDED if endless and limited else self._config.model.max_model_len
 
-    def check(self, request: Request, num_prompt: int, max_blocks: int) -> None:
+    def check(self, request: Request, num_prompt: int, max_blocks: int, max_len: int) -> None:
         """Refuse a request that an empty pool could not serve.
 
         Args:
             max_blocks: The most blocks per table that its policy lets it hold.
+            max_len: The most tokens it may know.
 
         Raises:
-            InvalidRequest: ``n`` is more than ever run at once.
-            NeverFits: The pool is too small for the prompt and one token.
+            InvalidRequest: It wants more sequences than ever run at once.
+            NeverFits: The pool, or its tenant's part of it, is too small for the prompt; or, where
+                admission is guaranteed, for its whole footprint.
         """
         where = f"request {request.request_id!r}"
         rows = self._config.scheduler.max_num_seqs
-        if request.sampling.n > rows:
+        width = request.sampling.width
+        if width > rows:
             raise InvalidRequest(
-                f"n is {request.sampling.n} and {rows} sequences run at once",
+                f"n is {width} and {rows} sequences run at once",
                 where=where,
                 remedy="lower n or raise scheduler.max_num_seqs",
             )
-        need = self._blocks(num_prompt + 1, max_blocks)
-        if need > self._manager.pool.num_blocks:
+        size, what, need = self._manager.block_size, "prompt", self._blocks(num_prompt, max_blocks)
+        if self._guaranteed:
+            most = _limit(request, num_prompt, max_len) - 1
+            what, need = "request", self._blocks(most, max_blocks) * width
+        pool, quota = self._manager.pool.num_blocks, self._tenants.quota_of(request.tenant)
+        if need > min(pool, quota):
+            owner = "pool has" if pool <= quota else f"tenant {request.tenant!r} may hold"
             raise NeverFits(
-                f"the prompt needs {need} blocks of {self._manager.block_size} tokens and the "
-                f"pool has {self._manager.pool.num_blocks}",
+                f"the {what} needs {need} blocks of {size} tokens and the {owner} "
+                f"{min(pool, quota)}",
                 where=where,
                 remedy="shorten the prompt or raise cache.num_blocks",
             )
 
+    # While it waits
+
     def has_outgrown(self, seq: Sequence) -> bool:
-        """Return whether a waiting sequence has come to need more than the whole pool."""
+        """Return whether a waiting sequence has come to need more than it could ever get."""
         need = self._blocks(len(seq.token_ids), seq.max_blocks)
-        return need > self._manager.pool.num_blocks
+        most = self._manager.pool.num_blocks
+        return need > min(most, self._tenants.quota_of(seq.request.tenant))
+
+    def within_quota(self, seq: Sequence) -> bool:
+        """Return whether a sequence's tenant may hold the blocks that admission reserves for it."""
+        groups = self._manager.num_groups
+        quota = self._tenants.quota_of(seq.request.tenant)
+        if quota == NO_QUOTA:
+            return True
+        table = self._table
+        rows = np.flatnonzero((table.seq_id != FREE) & (table.tenant == seq.tenant_id))
+        held = int(table.num_blocks[:, rows].sum()) + self._manager.pledged_blocks(
+            table.running[table.tenant[table.running] == seq.tenant_id]
+        )
+        most = footprint(table.limit[rows] - 1, table.max_blocks[rows], self._manager.block_size)
+        now = held + self._blocks(len(seq.token_ids), seq.max_blocks)
+        ever = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
+        own = self._blocks(ever, seq.max_blocks) * len(seq.group)
+        return self._reserve(now, int(most.sum()) * groups + own, self.ratio) <= quota
 
     def can_admit(self, seq: Sequence, hits: Int32) -> bool:
-        """Return whether all known tokens fit beside what running sequences still need."""
-        pool, table = self._manager.pool, self._manager.table
-        idle = not len(table.running)
-        watermark = 0 if idle else int(self._config.scheduler.watermark * pool.num_blocks)
-        need = self._manager.missing_blocks(seq, hits) + self._manager.pledged_blocks()
-        fits = need + watermark <= pool.num_available
-        return fits and len(seq.group) <= len(table.free_rows)
+        """Return whether a sequence fits beside what running ones have reserved.
+
+        One that was preempted needs a block more for each that runs, so that it is not pushed
+        back at the next boundary that any of them crosses.
+        """
+        if len(seq.group) > len(self._table.free_rows):
+            return False
+        available = self._manager.pool.num_available
+        mine = self._need(seq, hits)
+        if not len(self._table.running):
+            return mine.now <= available
+        spare = int(self._config.scheduler.watermark * self._manager.pool.num_blocks)
+        if seq.num_preemptions:
+            spare += len(self._table.running) * self._manager.num_groups
+        theirs = self.reserved()
+        need = self._reserve(mine.now, mine.ever, self.ratio)
+        return need + self._reserve(theirs.now, theirs.ever, self.ratio) + spare <= available
+
+    def over_quota(self) -> tuple[int, Int32]:
+        """Return by how many blocks a tenant's running sequences exceed its quota, and their rows.
+
+        Counted as of the end of the next step; the first tenant over its quota, 0 if there is none.
+        """
+        rows = self._table.running
+        if not self._tenants.limited:
+            return 0, rows
+        for tenant in np.unique(self._table.tenant[rows]).tolist():
+            mine = rows[self._table.tenant[rows] == tenant]
+            held = int(self._table.num_blocks[:, mine].sum()) + self._manager.pledged_blocks(mine)
+            if held > self._tenants.quota[tenant]:
+                return held - int(self._tenants.quota[tenant]), mine
+        return 0, rows
+
+    def num_to_push_back(self, seq: Sequence, hits: Int32, rows: Int32) -> int:
+        """Return how many of the rows must go, in order, for a sequence to be admitted.
+
+        0 if even all of them would not do.
+        """
+        groups, limit = self._manager.num_groups, len(seq.group)
+        theirs, mine = self.reserved(), self._need(seq, hits)
+        need = self._reserve(mine.now, mine.ever, self.ratio)
+        need += self._reserve(theirs.now, theirs.ever, self.ratio)
+        need += int(self._config.scheduler.watermark * self._manager.pool.num_blocks)
+        if seq.num_preemptions:
+            need += len(self._table.running) * groups
+        free = len(self._table.free_rows)
+        owned = np.cumsum(self._kept_alone(rows))
+        for i in range(len(rows)):
+            if free + i + 1 >= limit and self._manager.pool.num_available + owned[i] >= need:
+                return i + 1
+        return 0
+
+    def _kept_alone(self, rows: Int32) -> Int64:
+        """Return how many blocks each row is the only holder of: [N]."""
+        table = self._table
+        held = table.num_blocks[:, rows]
+        width = int(held.max(initial=1))
+        ids = table.block_table[:, rows, :width]
+        alone = (np.arange(width) < held[:, :, None]) & (self._manager.pool.ref_count[ids] == 1)
+        counts: Int64 = alone.sum(axis=(0, 2))
+        return counts
+
+    def _need(self, seq: Sequence, hits: Int32) -> Need:
+        groups, size = self._manager.num_groups, self._manager.block_size
+        if seq.swapped is not None:
+            now = len(seq.swapped.blocks) + groups
+        else:
+            now = self._manager.missing_blocks(seq, hits)
+        if self._config.scheduler.admission == "greedy":
+            return Need(now, now)
+        most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
+        ever = self._blocks(most, seq.max_blocks)
+        own = ever * len(seq.group)
+        if not (seq.policy.evicts or len(hits) == 0 or self._table.evicts.any()):
+            # A block that was found and is in use costs nothing, as long as nobody can forget it.
+            in_use = int((self._manager.pool.ref_count[hits] > 0).sum())
+            own -= in_use
+        if len(seq.group) > 1 and not seq.policy.evicts:
+            own -= (len(seq.group) - 1) * (seq.num_prompt // size) * groups
+        return Need(now, own)
+
+    def reserved(self) -> Need:
+        """Return what sequences in rows may still take: for known tokens, and at the most."""
+        table, manager = self._table, self._manager
+        now = manager.pledged_blocks(table.running)
+        if self._config.scheduler.admission == "greedy":
+            return Need(now, now)
+        rows = np.flatnonzero(table.seq_id != FREE).astype(np.int32)
+        most = footprint(table.limit[rows] - 1, table.max_blocks[rows], manager.block_size)
+        held = self._kept(rows)
+        return Need(now, int(np.maximum(most - held, 0).sum()) + manager.num_copies(rows))
+
+    def _kept(self, rows: Int32) -> Int32:
+        """Return how many blocks of each table its sequence need not take again: [groups, N].
+
+        A sequence that evicts may forget a shared block, which frees nothing, and take another.
+        """
+        table = self._table
+        held = table.num_blocks[:, rows].copy()
+        forgets: Bool = table.evicts[rows]
+        if forgets.any():
+            width = int(held.max(initial=1))
+            used = np.arange(width) < held[:, forgets, None]
+            ids = table.block_table[:, rows[forgets], :width]
+            held[:, forgets] = (used & (self._manager.pool.ref_count[ids] == 1)).sum(axis=2)
+        return held
+
+    # As time passes
+
+    def step(self) -> None:
+        """A step passed without a preemption."""
+        self.ratio = max(LEAST_RATIO, self.ratio - (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS)
+
+    def preempted(self) -> None:
+        """A sequence was preempted: estimate anew how far the running ones will go."""
+        rows = self._table.running
+        generated = self._table.num_known[rows] - self._table.num_prompt[rows]
+        left = self._table.limit[rows] - self._table.num_known[rows]
+        self.ratio = max(LEAST_RATIO, reserved_ratio(generated, left))
 
     def _blocks(self, num_tokens: int, max_blocks: int) -> int:
         per_table = min(-(-num_tokens // self._manager.block_size), max_blocks)
         return per_table * self._manager.num_groups
+
+
+def _limit(request: Request, num_prompt: int, max_len: int) -> int:
+    """Return the number of known tokens at which a request's sequences end."""
+    most = request.sampling.max_tokens
+    return max_len if most is None else min(num_prompt + most, max_len)

@@ -66,9 +66,8 @@ class BlockManager:
         revived = int((self.pool.ref_count[hits] == 0).sum())
         return full * self.num_groups + revived
 
-    def pledged_blocks(self) -> int:
-        """Return how many blocks running sequences still need for the tokens they already know."""
-        rows = self.table.running
+    def pledged_blocks(self, rows: Int32) -> int:
+        """Return how many blocks rows still need for the tokens they already know."""
         known = -(-self.table.num_known[rows] // self.block_size)
         need = np.minimum(known, self.table.max_blocks[rows]) - self.table.num_blocks[:, rows]
         return int(np.maximum(need, 0).sum())
@@ -113,7 +112,7 @@ class BlockManager:
         """
         fresh, copied = self._needs(rows, counts)
         num_copies = int(copied.sum())
-        ids = self._allocate(num_copies + int(fresh.sum()))
+        ids = self.allocate(num_copies + int(fresh.sum()))
         copies = self._unshare(rows, copied, ids[:num_copies])
         self.table.append_blocks(rows, fresh, ids[num_copies:])
         return copies
@@ -136,6 +135,10 @@ class BlockManager:
             shared.flat[where[len(where) - 1 - keeps]] = False
         return fresh, shared
 
+    def num_copies(self, rows: Int32) -> int:
+        """Return how many tail blocks rows would have to copy to write on, all of them now."""
+        return int(self._needs(rows, np.ones(len(rows), np.int32))[1].sum())
+
     def _tails(self, rows: Int32) -> Int32:
         """Return each table's last block, or 0 where it has none: [groups, B]."""
         last = np.maximum(self.table.num_blocks[:, rows] - 1, 0)
@@ -151,7 +154,12 @@ class BlockManager:
         self.pool.release(sources, self.index.findable(sources))
         return np.stack([sources, targets], axis=1)
 
-    def _allocate(self, count: int) -> Int32:
+    def allocate(self, count: int) -> Int32:
+        """Take blocks, each with one reference; reclaimed ones become unfindable: [count] ids.
+
+        Raises:
+            OutOfBlocks: Fewer are available; nothing changes.
+        """
         ids = self.pool.allocate(count)
         self._unpublish(ids[self.index.findable(ids)])
         return ids
@@ -263,7 +271,7 @@ class BlockManager:
         self.pool.release(ids, self.index.findable(ids))
         fresh = packed.fresh & goes[:, None]
         new = np.take_along_axis(old, np.maximum(packed.entry, 0), axis=1)
-        new[fresh] = self._allocate(int(fresh.sum()))
+        new[fresh] = self.allocate(int(fresh.sum()))
         self._move(packed, goes, old, new)
         table.tokens.keep(rows, keep)
         table.num_resident[:, rows] = left = keep.sum(axis=2)

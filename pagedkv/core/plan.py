@@ -139,6 +139,9 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
         step: Counts the scheduler's plans from 0.
         moves: [M, 2] Slots to copy, source to target, before anything else is read or written;
             every source is read before any target is written.
+        swap_out: [O, 2] Blocks to copy to host memory next: pool to host. Others may be given
+            the same blocks in this very step.
+        swap_in: [I, 2] Blocks to copy back after that: host to pool.
         copies: [C, 2] Blocks to copy, source to target, before tokens are written.
         rows: [B] The table row of each sequence, in batch order.
         seq_ids: [B] The sequence in that row.
@@ -159,6 +162,8 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
 
     step: int
     moves: Int64
+    swap_out: Int32
+    swap_in: Int32
     copies: Int32
     rows: Int32
     seq_ids: Int64

@@ -18,6 +18,7 @@ def build_plan(
     counts: Int32,
     moves: Int64,
     copies: Int32,
+    swaps: tuple[Int32, Int32],
     siblings: dict[int, Int32],
 ) -> StepPlan:
     """Return the plan of a step; reads the state and changes nothing.
@@ -26,7 +27,8 @@ def build_plan(
         rows: [B] The rows that compute; their blocks reach as far as their new tokens.
         counts: [B] How many tokens each computes, at least 1.
         moves: [M, 2] Slots to copy first.
-        copies: [C, 2] Blocks to copy next.
+        swaps: Blocks that move to host memory next, and those that come back.
+        copies: [C, 2] Blocks to copy after that.
         siblings: Rows that fork from a row once its prompt is computed, by that row.
     """
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -43,6 +45,8 @@ def build_plan(
     return StepPlan(
         step=step,
         moves=moves,
+        swap_out=swaps[0],
+        swap_in=swaps[1],
         copies=copies,
         rows=rows,
         seq_ids=table.seq_id[rows],

@@ -16,6 +16,9 @@ class BlockPool:
     content still worth finding). Blank blocks are handed out first, last freed first; then cached
     ones in the order of ``reclaim``. Every operation is a few numpy calls for any number of blocks.
 
+    Attributes:
+        num_reclaimed: Cached blocks handed out so far.
+
     Args:
         num_blocks: Blocks in the pool.
         reclaim: The order in which cached blocks are reused: a name of `reclaim.HIT_LEVEL`.
@@ -27,6 +30,7 @@ class BlockPool:
         self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_blank = num_blocks
         self.cached = CachedOrder(num_blocks, reclaim)
+        self.num_reclaimed = 0
 
     @property
     def num_cached(self) -> int:
@@ -61,6 +65,7 @@ class BlockPool:
         ids = self._blank[self._num_blank : self._num_blank + from_blank][::-1].copy()
         if from_blank < count:
             ids = np.concatenate([ids, self.cached.pop(count - from_blank)])
+            self.num_reclaimed += count - from_blank
         self.cached.reset(ids)
         self.ref_count[ids] = 1
         return ids

@@ -3,11 +3,11 @@
 import numpy as np
 
 from pagedkv.core.arrays import Bool, Int32
-from pagedkv.core.request import Eviction, SavedScores, Sequence
+from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.core.tokens import TokenColumns
 
-__all__ = ["log_round", "replay_round", "restore_scores", "save_scores"]
+__all__ = ["log_round", "next_logged", "replay_round", "restore_scores", "save_scores"]
 
 SCORE_COLUMNS = ("score", "weight", "mass")
 
@@ -24,8 +24,16 @@ def log_round(table: SequenceTable, rows: Int32, keep: Bool, in_use: Int32) -> N
         seq = table.sequences[row]
         assert seq is not None
         computed = int(table.num_computed[row])
-        if computed not in seq.evictions:
-            seq.evictions[computed] = Eviction.of(keep[:, i, : in_use[:, i].max()])
+        if computed > table.replay_until[row]:  # else it is the log that is carried out
+            held = Eviction.of(keep[:, i, : in_use[:, i].max()])
+            seq.evictions[computed] = held.after(seq.evictions.get(computed))
+
+
+def next_logged(table: SequenceTable, row: int) -> int:
+    """Return how many tokens a row is from the next eviction in its log."""
+    seq, computed = table.sequences[row], int(table.num_computed[row])
+    assert seq is not None
+    return next((at for at in seq.evictions if at > computed), UNBOUNDED) - computed
 
 
 def replay_round(table: SequenceTable, row: int, keep: Bool, in_use: Int32) -> None:

@@ -7,16 +7,15 @@ import enum
 import math
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Ids
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from pagedkv.config import LARGEST_INT32, Checked, TokenId
 from pagedkv.core.arrays import Bool, Float32, Int32
-from pagedkv.errors import InvalidRequest, InvalidTransition, PagedKVError
+from pagedkv.core.params import SamplingParams
+from pagedkv.errors import InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy
 
 __all__ = [
@@ -33,67 +32,6 @@ __all__ = [
 FULL = Policy()
 UNBOUNDED = 2**30
 LARGEST_PRIORITY = 2**20
-Temperature = Annotated[float, Meta(ge=0, le=1e6)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
-
-def _as_tuple(value: Any) -> Any:
-    """Return a list or array as a tuple, None as an empty one; anything else as it is."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
-    return () if value is None else value
-
-
-class SamplingParams(Checked, frozen=True, kw_only=True):
-    """How tokens are drawn and when drawing stops; the words and defaults are vLLM's.
-
-    Attributes:
-        n: Sequences to draw for the prompt; they share its blocks and fork copy-on-write.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Keep the likeliest tokens until their probabilities sum to this.
-        top_k: Keep this many likeliest tokens; 0 or -1 keeps all.
-        min_p: Drop tokens less likely than this fraction of the likeliest.
-        seed: Fixes the draws of this request, whatever else is in the batch.
-        max_tokens: The most tokens to generate; None goes on to the model's length.
-        stop: Strings that end the text; they are not part of it.
-        stop_token_ids: Token ids that end the sequence, beside the model's own.
-        ignore_eos: Go on past the model's end-of-sequence tokens.
-        logprobs: Report this many likeliest alternatives per token; 0 only the token's own.
-        prompt_logprobs: The same for the prompt's tokens after the first. All of them are then
-            computed: none is taken from the prefix cache.
-        repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
-        presence_penalty: Subtracted from the logit of every token already generated.
-        frequency_penalty: The same, times how often it was generated.
-    """
-
-    section: ClassVar[str] = "sampling"
-    error: ClassVar[type[PagedKVError]] = InvalidRequest
-
-    n: Annotated[int, Meta(ge=1)] = 1
-    temperature: Temperature = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, le=LARGEST_INT32)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
-    stop: str | tuple[str, ...] = ()
-    stop_token_ids: tuple[TokenId, ...] = ()
-    ignore_eos: bool = False
-    logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
-        msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
-        super().__post_init__()
-        if "" in self.stop:
-            raise InvalidRequest(
-                "an empty stop string", where="sampling.stop", remedy="give strings with text"
-            )
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -195,6 +133,8 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
         error: What went wrong, if ``finish_reason`` is ``error``.
         num_cached_tokens: Prompt tokens that the prefix cache spared at the first admission.
         num_preemptions: How often it was pushed back to waiting.
+        num_swaps: How often its blocks were kept in host memory meanwhile.
+        num_shrinks: How often it had to forget blocks because others lacked them.
         num_evicted_tokens: Tokens it has forgotten, mean over groups; 0 says that its policy, if
             it has one, never fired.
         forfeited_mass: The attention mass that they got from the last query before they went,
@@ -213,6 +153,8 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
     error: str = ""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_swaps: int = 0
+    num_shrinks: int = 0
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
     leave_one_out_error: float | None = None
@@ -247,6 +189,16 @@ class Eviction(NamedTuple):
         """[groups, width] Which table entries stayed."""
         return np.unpackbits(self.bits, axis=1, count=self.width).view(np.bool_)
 
+    def after(self, before: "Eviction | None") -> "Eviction":
+        """Return both as one: this round was held on what ``before`` left of the same table."""
+        if before is None:
+            return self
+        both = before.keep.copy()
+        for table, left in zip(both, self.keep, strict=True):
+            stayed = np.flatnonzero(table)
+            table[stayed] = left[: len(stayed)]
+        return Eviction.of(both)
+
 
 class SavedScores(NamedTuple):
     """What eviction knew of a sequence when it was preempted.
@@ -266,6 +218,22 @@ class SavedScores(NamedTuple):
     left_out: float
 
 
+class SwappedSequence(NamedTuple):
+    """All of a sequence's rows in the table while its blocks are in host memory.
+
+    Attributes:
+        blocks: [N] Host blocks, table after table.
+        num_blocks: [groups] Blocks of each table; they add up to N.
+        columns: [groups, widest table] per column that stands beside the block table.
+        progress: The sequence's other columns by name: [groups] or one number.
+    """
+
+    blocks: Int32
+    num_blocks: Int32
+    columns: dict[str, npt.NDArray[Any]]
+    progress: dict[str, npt.NDArray[Any]]
+
+
 class Sequence:
     """One sequence of tokens on its way from prompt to end.
 
@@ -273,6 +241,12 @@ class Sequence:
 
     Attributes:
         seq_id: Unique, counts up in order of creation.
+        tenant_id: Its request's tenant as a number.
+        arrived: The step before which it was added.
+        urgency: Its priority and age as one number; lower is more urgent.
+        num_passed: How many later ones were admitted before it while it lacked blocks or rows.
+        swapped: Where its blocks are while they are in host memory.
+        num_swaps: How often they went there.
         siblings: The request's other sequences while they wait for this one to compute the
             prompt; empty once they have forked from it.
         hashes: The hash chain of its full blocks, as far as it was needed.
@@ -289,6 +263,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrived",
         "evictions",
         "hashes",
         "index",
@@ -297,9 +272,12 @@ class Sequence:
         "max_prefix",
         "num_cached_tokens",
         "num_computed",
+        "num_passed",
         "num_preemptions",
         "num_prompt",
         "num_scored",
+        "num_shrinks",
+        "num_swaps",
         "policy",
         "request",
         "row",
@@ -308,7 +286,10 @@ class Sequence:
         "seq_id",
         "siblings",
         "status",
+        "swapped",
+        "tenant_id",
         "token_ids",
+        "urgency",
     )
 
     def __init__(
@@ -334,11 +315,22 @@ class Sequence:
         self.num_computed = 0
         self.num_preemptions = 0
         self.num_scored = 0
+        self.num_swaps = 0
+        self.num_shrinks = 0
+        self.num_passed = 0
+        self.tenant_id = 0
+        self.arrived = 0
+        self.urgency = 0
+        self.swapped: SwappedSequence | None = None
 
     @property
     def group(self) -> "list[Sequence]":
         """Itself and the siblings that move with it."""
         return [self, *self.siblings]
+
+    def next_digest(self, num_hits: int) -> bytes | None:
+        """Return the hash of the first block that it did not find, if that is known."""
+        return self.hashes[num_hits] if num_hits < len(self.hashes) else None
 
     def move(self, status: Status) -> None:
         """Change the status.

@@ -11,8 +11,8 @@ from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
-from pagedkv.core.replay import log_round, replay_round, restore_scores, save_scores
-from pagedkv.core.request import UNBOUNDED, Certificate, Sequence
+from pagedkv.core.replay import log_round, next_logged, replay_round, restore_scores, save_scores
+from pagedkv.core.request import Certificate, Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.core.tokens import TokenColumns
 from pagedkv.eviction import (
@@ -20,7 +20,6 @@ from pagedkv.eviction import (
     Policy,
     View,
     check,
-    lookback,
     observe_from,
     policy,
     rank,
@@ -43,13 +42,13 @@ class Retention:
     def __init__(self, config: EngineConfig, layout: GroupLayout, manager: BlockManager) -> None:
         self._config = config
         self._layout = layout
-        self._manager = manager
-        self._table = manager.table
+        self.manager = self._manager = manager
+        self.table = self._table = manager.table
         self._policies: list[Policy] = []
         rows = self._table.num_rows
         self.policy_id: Int32 = np.full(rows, -1, np.int32)
         self.rotates: Bool = np.zeros(rows, np.bool_)
-        self._windows: Int32 = np.array(layout.windows, np.int32)
+        self.windows: Int32 = np.array(layout.windows, np.int32)
 
     # Before a sequence runs
 
@@ -69,34 +68,6 @@ class Retention:
             windowed=any(self._config.model.sliding_window),
             granularity=cache.granularity,
         )
-
-    def max_blocks(self, policy: Policy) -> int:
-        """Return the most blocks per table that the policy lets a sequence hold at once."""
-        if policy.most_tokens is None:
-            return UNBOUNDED
-        size = self._manager.block_size
-        most = max(policy.most_tokens, *self._layout.windows)
-        # The cap, the chunk in flight, and a block each that sinks, window and tail round up to.
-        return -(-most // size) + self._cadence_chunk(policy) // size + 3
-
-    def _cadence_chunk(self, policy: Policy) -> int:
-        return policy.cadence(self._manager.block_size).chunk
-
-    def usable_prefix(self, policy: Policy) -> int:
-        """Return how many tokens a sequence may take from the prefix cache.
-
-        A cached prefix was made without eviction and is scored by nobody, so only as much of it
-        is safe as leaves the first round of eviction and all that it looks back on to be computed.
-        """
-        if not policy.evicts:
-            return UNBOUNDED
-        looks_back = lookback(policy, self._manager.block_size)
-        least = policy.most_tokens if policy.adaptive is None else policy.adaptive[0]
-        # A threshold evicts before the cap is reached, a pyramid's last layer as well.
-        early = policy.threshold is not None or policy.spread == "pyramid"
-        if looks_back is None or least is None or early or policy.scorer().static:
-            return 0
-        return max(0, least - looks_back)
 
     def bind(self, seq: Sequence) -> None:
         """Set a row's policy when its sequence is admitted, and what is left to replay."""
@@ -151,6 +122,8 @@ class Retention:
             ahead = cadence.next_round(computed, self._table.num_prompt[rows[at]]) - computed
             replay = self._table.replay_until[rows[at]] - computed
             ahead = np.where(replay > 0, np.minimum(ahead, replay), ahead)
+            for i in np.flatnonzero(replay > 0).tolist():
+                ahead[i] = min(ahead[i], next_logged(self._table, int(rows[at[i]])))
             need = need.copy()
             need[at] = np.minimum(need[at], ahead)
         return need
@@ -199,7 +172,7 @@ class Retention:
                 if chosen.unit == "token":
                     entries = self._width(chosen, rows[live])
                     self._table.reserve_slots(entries)
-                view = self._view(chosen, rows[live], groups=1)
+                view = self.view(chosen, rows[live], groups=1)
                 wanted.append(
                     Observation(
                         unit=chosen.unit,
@@ -232,7 +205,7 @@ class Retention:
             width = observed.values.shape[2]
             values = observed.values[:, live].reshape(-1, width)
             chosen = self._policies[int(self.policy_id[rows[0]])]
-            view, entries = self._view(chosen, rows, width=width), self._entries(chosen)
+            view, entries = self.view(chosen, rows, width=width), self._entries(chosen)
             score, weight = update(chosen, view, np.tile(counts, table.num_groups), values)
             shape = (table.num_groups, len(rows), width)
             entries.score[:, rows, :width] = score.reshape(shape)
@@ -252,7 +225,7 @@ class Retention:
             they keep is decided: preempt them at once, and they come back to it.
         """
         stuck = [rows[:0]]
-        if self._windows.any():
+        if self.windows.any():
             self._slide(rows)
         for chosen, at in self._by_policy(rows):
             cadence = chosen.cadence(self._manager.block_size)
@@ -260,6 +233,8 @@ class Retention:
             due = rows[at[cadence.is_round(computed, prompt)]]
             if len(due):
                 stuck.append(self._round(chosen, due))
+            if chosen.adaptive is not None:
+                self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
             self._restore(rows[at])
         return np.concatenate(stuck)
 
@@ -272,19 +247,32 @@ class Retention:
         Returns:
             The rows that `BlockManager.compact` could not serve.
         """
-        table, view = self._table, self._view(chosen, rows)
+        table, view = self._table, self.view(chosen, rows)
         keep = select(chosen, view).reshape(table.num_groups, len(rows), -1)
-        keep[self._windows > 0] = True
+        keep[self.windows > 0] = True
         in_use = self._in_use(chosen, rows)
         for i in np.flatnonzero(table.num_computed[rows] <= table.replay_until[rows]).tolist():
             replay_round(table, int(rows[i]), keep[:, i], in_use[:, i])
         gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
-        losing = gone.any(axis=(0, 2))
-        if not losing.any():
+        if not gone.any():
             return rows[:0]
+        return self.forget(chosen, view, rows, gone)
+
+    def forget(self, chosen: Policy, view: View, rows: Int32, gone: Bool) -> Int32:
+        """Drop entries of rows of one policy for good, and log it.
+
+        Args:
+            view: Of those rows.
+            gone: [groups, B, width] Which entries go.
+
+        Returns:
+            The rows that `BlockManager.compact` could not serve.
+        """
+        table, losing = self._table, gone.any(axis=(0, 2))
         self._certify(chosen, view, rows, gone)
-        rows, keep = rows[losing], keep[:, losing]
-        log_round(table, rows, keep, in_use[:, losing])
+        rows, in_use = rows[losing], self._in_use(chosen, rows[losing])
+        keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~gone[:, losing]
+        log_round(table, rows, keep, in_use)
         if chosen.unit == "token":
             lost, stuck = self._manager.compact(rows, keep)
         else:
@@ -306,14 +294,14 @@ class Retention:
         """Drop the blocks that no later query of a sliding-window layer can see: no loss."""
         table, size = self._table, self._table.block_size
         resident = table.num_resident[:, rows]
-        blind = np.maximum(resident - self._windows[:, None] + 1, 0) // size
-        blind[self._windows == 0] = 0
+        blind = np.maximum(resident - self.windows[:, None] + 1, 0) // size
+        blind[self.windows == 0] = 0
         sliding = np.flatnonzero(blind.any(axis=0))
         if len(sliding):
             width = int(table.num_blocks[:, rows[sliding]].max())
             self._manager.drop(rows[sliding], np.arange(width) >= blind[:, sliding, None])
 
-    def _view(
+    def view(
         self, chosen: Policy, rows: Int32, *, width: int | None = None, groups: int | None = None
     ) -> View:
         """Return the eviction plane's view of some rows' tables."""
@@ -348,6 +336,31 @@ class Retention:
         ]
 
     # Preemption: a sequence that has evicted forgets the same things again
+
+    def _replay_shrinks(self, chosen: Policy, rows: Int32) -> None:
+        """Let rows that replay forget what they were made to forget between rounds."""
+        table = self._table
+        for row in rows[table.num_computed[rows] <= table.replay_until[rows]]:
+            one = np.array([row], np.int32)
+            in_use = self._in_use(chosen, one)
+            keep = np.ones((*in_use.shape, int(in_use.max())), np.bool_)
+            replay_round(table, int(row), keep[:, 0], in_use[:, 0])
+            gone = ~keep & (np.arange(keep.shape[2]) < in_use[:, :, None])
+            if gone.any():
+                self.forget(chosen, self.view(chosen, one), one, gone)
+
+    def elastic(self) -> list[tuple[Policy, Int32]]:
+        """Return the running rows that can be made to forget blocks, by policy.
+
+        None that replays, and none that ranks tokens: packing what it keeps may take blocks.
+        """
+        rows = self._table.running
+        rows = rows[self._table.num_computed[rows] >= self._table.replay_until[rows]]
+        return [
+            (chosen, rows[at])
+            for chosen, at in self._by_policy(rows)
+            if chosen.adaptive is not None and chosen.unit == "block"
+        ]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""

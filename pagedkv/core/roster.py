@@ -3,11 +3,11 @@
 import numpy as np
 
 from pagedkv.core.arrays import Int32
-from pagedkv.core.manager import BlockManager
-from pagedkv.core.queues import FirstComeFirstServed
+from pagedkv.core.queues import WaitingQueue
 from pagedkv.core.request import FinishedSequence, Sequence, Status
 from pagedkv.core.retention import Retention
 from pagedkv.core.stats import Totals
+from pagedkv.core.tiers import HostTier
 from pagedkv.errors import NeverFits
 
 __all__ = ["Roster"]
@@ -27,12 +27,15 @@ class Roster:
         finished: Ends that were not reported yet.
     """
 
-    def __init__(self, manager: BlockManager, retention: Retention, totals: Totals) -> None:
-        self._manager = manager
+    def __init__(
+        self, retention: Retention, tier: HostTier, waiting: WaitingQueue, totals: Totals
+    ) -> None:
+        self._manager = retention.manager
         self._retention = retention
+        self._tier = tier
         self._totals = totals
-        self._table = manager.table
-        self.waiting = FirstComeFirstServed()
+        self._table = retention.table
+        self.waiting = waiting
         self.requests: dict[str, list[Sequence]] = {}
         self.sequences: dict[int, Sequence] = {}
         self.unforked: dict[int, Sequence] = {}
@@ -46,18 +49,25 @@ class Roster:
         self.waiting.push(group[0])
 
     def admit(self, seq: Sequence, hits: Int32, stop_ids: list[int]) -> None:
-        """Take the next waiting sequence into rows, starting from cached blocks."""
-        self.waiting.pop()
+        """Take a waiting sequence into rows, starting from cached blocks or what was swapped."""
+        self.waiting.remove(seq)
         for member, row in zip(seq.group, self._table.free_rows.tolist(), strict=False):
             member.row = row
             member.move(Status.RUNNING)
             self._table.bind(member, row, stop_ids)
             self._retention.bind(member)
-        self._manager.admit(seq, hits)
+        if seq.swapped is None:
+            self._manager.admit(seq, hits)
+        else:
+            self._tier.swap_in(self._manager, seq)
+            self._totals.num_swapped_in += 1
         self._table.start(seq.row)
         if seq.siblings:
             self.unforked[seq.seq_id] = seq
-        cached = len(hits) * self._manager.block_size
+        if seq.swapped is None:
+            self._count_hits(seq, len(hits) * self._manager.block_size)
+
+    def _count_hits(self, seq: Sequence, cached: int) -> None:
         if seq.num_preemptions:
             self._totals.resumed_tokens += len(seq.token_ids)
             self._totals.resumed_tokens_cached += cached
@@ -79,21 +89,29 @@ class Roster:
                 member.hashes = seq.hashes.copy()
                 member.num_cached_tokens = seq.num_cached_tokens
                 member.num_preemptions = seq.num_preemptions
+                member.num_swaps = seq.num_swaps
+                member.num_shrinks = seq.num_shrinks
                 member.evictions = seq.evictions.copy()
                 self._table.start(member.row)
 
-    def preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence, *, swap: bool = False) -> None:
         """Take a sequence's blocks and put it back to waiting.
 
-        Its tokens are computed again; if it had evicted, the same rounds are held again.
+        Args:
+            swap: Keep its state in host memory. Otherwise its tokens are computed again; if it had
+                evicted, the same rounds are held again.
         """
         self._retention.save(seq)
+        if swap:
+            self._tier.swap_out(self._manager, seq)
+            self._totals.num_swapped_out += 1
         self._vacate(seq)
         for member in seq.group:
             member.move(Status.PREEMPTED)
             member.num_preemptions += 1
+            member.num_swaps += swap
         self._totals.num_preemptions += 1
-        self.waiting.push_preempted(seq)
+        self.waiting.push(seq)
 
     def _vacate(self, seq: Sequence) -> None:
         """Free the rows and blocks of a running sequence and of the siblings that wait on it."""
@@ -109,6 +127,7 @@ class Roster:
     def fail_outgrown(self, seq: Sequence) -> None:
         """End a sequence that the whole pool can no longer hold."""
         pool = self._manager.pool
+        self._totals.num_failed += 1
         error = NeverFits(
             f"it has outgrown the pool of {pool.num_blocks} blocks of {self._manager.block_size}",
             where=f"request {seq.request.request_id!r}",
@@ -130,6 +149,7 @@ class Roster:
             self._vacate(seq)
         else:
             self.waiting.remove(seq)
+        self._tier.drop(seq)
         ended = [
             FinishedSequence(
                 request_id=member.request.request_id,
@@ -141,6 +161,8 @@ class Roster:
                 error=error,
                 num_cached_tokens=member.num_cached_tokens,
                 num_preemptions=member.num_preemptions,
+                num_swaps=member.num_swaps,
+                num_shrinks=member.num_shrinks,
                 **forgotten,
             )
             for member in seq.group

@@ -9,20 +9,26 @@ import numpy.typing as npt
 from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.bounds import most_blocks, usable_prefix
 from pagedkv.core.groups import group_layout
+from pagedkv.core.intake import Intake
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens
 from pagedkv.core.planner import build_plan
+from pagedkv.core.pressure import Pressure
+from pagedkv.core.queues import make_queue, urgency
 from pagedkv.core.request import FinishedSequence, Request, Sequence, prompt_array
 from pagedkv.core.retention import Retention
 from pagedkv.core.roster import Roster
 from pagedkv.core.stats import SchedulerStats, Totals
+from pagedkv.core.tenants import Tenants
+from pagedkv.core.tiers import HostTier
+from pagedkv.core.victims import Victim, last_admitted, least_urgent
 from pagedkv.errors import InvalidRequest, InvalidTransition
 from pagedkv.events import KVEvent
 
 __all__ = ["Scheduler"]
 
-NO_ROWS: Int32 = np.empty(0, np.int32)
 NO_MOVES: Int64 = np.empty((0, 2), np.int64)
 
 
@@ -34,10 +40,13 @@ class Scheduler:
 
     Args:
         config: Model facts, pool and limits.
+        victim: Chooses whom to push back when blocks lack: a function of `victims.VICTIMS` or
+            alike. If omitted, the least urgent where priority rules, else the last admitted.
     """
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
+    def __init__(self, config: EngineConfig | None = None, *, victim: Victim | None = None) -> None:
         self.config = config or EngineConfig()
+        limits = self.config.scheduler
         self.layout = group_layout(self.config.model, self.config.cache)
         self.manager = BlockManager(
             self.config.cache, self.config.scheduler.max_num_seqs, self.layout.num_groups
@@ -45,9 +54,19 @@ class Scheduler:
         self.table = self.manager.table
         self.retention = Retention(self.config, self.layout, self.manager)
         self.retention.resolve(None)
-        self._admission = Admission(self.config, self.manager)
+        self.tenants = Tenants(limits.tenants, self.manager.pool.num_blocks)
+        self.admission = Admission(self.config, self.manager, self.tenants)
+        self.tier = HostTier(self.config.cache.num_cpu_blocks)
         self._totals = Totals()
-        self._roster = Roster(self.manager, self.retention, self._totals)
+        waiting = make_queue(limits, self.manager, self.tenants)
+        self._roster = Roster(self.retention, self.tier, waiting, self._totals)
+        usual = least_urgent if limits.scheduling_policy == "priority" else last_admitted
+        self._pressure = Pressure(
+            self._roster, self.retention, self.tier, self._totals, victim or usual, limits.swap_cost
+        )
+        self._intake = Intake(
+            self.config, self._roster, self.retention, self.admission, self._pressure
+        )
         self._outstanding: StepPlan | None = None
         self._seeds = np.random.default_rng(self.config.scheduler.seed)
         self._next_seq_id = 0
@@ -62,8 +81,9 @@ class Scheduler:
             The ids of its ``n`` sequences.
 
         Raises:
-            InvalidRequest: The prompt or the parameters are wrong, or the id is in use.
-            NeverFits: An empty pool would be too small for the prompt and one token.
+            InvalidRequest: The prompt or the parameters are wrong, the id is in use, or the tenant
+                is not one of this scheduler's.
+            NeverFits: An empty pool, or the tenant's part of it, would be too small.
         """
         if request.request_id in self._roster.requests:
             raise InvalidRequest(
@@ -71,21 +91,27 @@ class Scheduler:
                 where=f"request {request.request_id!r}",
                 remedy="give every request its own id",
             )
+        self.tenants.check(request.tenant, request.request_id)
         policy = self.retention.resolve(request.eviction)
-        max_blocks = self.retention.max_blocks(policy)
-        max_len = self._admission.max_len(request, policy)
+        max_blocks = most_blocks(policy, self.manager.block_size, self.layout.windows)
+        max_len = self.admission.max_len(request, policy)
         prompt = prompt_array(request, self.config.model.vocab_size, max_len)
-        self._admission.check(request, len(prompt), max_blocks)
+        self.admission.check(request, len(prompt), max_blocks, max_len)
         seed = request.sampling.seed
         if seed is None:
             seed = int(self._seeds.integers(2**62))
         group = [
             Sequence(self._next_seq_id + i, request, prompt, index=i, seed=seed + i)
-            for i in range(request.sampling.n)
+            for i in range(request.sampling.width)
         ]
+        at_work = {seq.tenant_id for seq in self._roster.sequences.values()}
+        tenant = self.tenants.welcome(request.tenant, at_work)
+        now = self._totals.num_steps
         for seq in group:
+            seq.tenant_id, seq.arrived = tenant, now
+            seq.urgency = urgency(request.priority, now, self.config.scheduler.ageing_steps)
             seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
-            seq.max_prefix = self.retention.usable_prefix(policy)
+            seq.max_prefix = usable_prefix(policy, self.manager.block_size)
             if request.sampling.prompt_logprobs is not None:
                 seq.max_prefix = 0  # a token that is not computed has no log-probability
         self._next_seq_id += len(group)
@@ -149,19 +175,26 @@ class Scheduler:
                 where="schedule",
                 remedy="commit it first",
             )
-        preempted = self._totals.num_preemptions
+        now = self._totals.num_steps
+        self._intake.make_way(now)
+        rungs = self._totals.num_rungs
         rows, counts = self._continue_running()
         self.retention.place(rows)
         copies = self.manager.grow(rows, counts)
-        if preempted == self._totals.num_preemptions:
-            new_rows, new_counts = self._admit_waiting(counts.sum())
+        if rungs == self._totals.num_rungs:
+            self.admission.step()
+            budget = self.config.scheduler.max_num_batched_tokens - int(counts.sum())
+            new_rows, new_counts = self._intake.admit(budget, now)
             rows, counts = np.append(rows, new_rows), np.append(counts, new_counts)
+        else:
+            self.admission.preempted()
         siblings = {
             seq.row: np.array([member.row for member in seq.siblings], np.int32)
             for seq in self._roster.unforked.values()
         }
         # A plan without tokens is not carried out, and must not take the moves with it.
         moves = self.manager.take_moves() if len(rows) else NO_MOVES
+        swaps = self.tier.take_moves(carried_out=bool(len(rows)))
         plan = build_plan(
             self._totals.num_steps,
             self.table,
@@ -170,6 +203,7 @@ class Scheduler:
             counts,
             moves,
             copies,
+            swaps,
             siblings,
         )
         self._totals.num_steps += 1
@@ -180,19 +214,17 @@ class Scheduler:
     def _continue_running(self) -> tuple[Int32, Int32]:
         """Share the token budget among running sequences, first admitted first served.
 
-        If blocks are lacking, the last admitted goes back to waiting until the rest fits; one
-        that is alone and still lacks blocks ends with an error.
+        If blocks are lacking, the ladder is climbed rung by rung until the rest fits.
         """
         while True:
             rows, counts = self._grants()
-            if not self.manager.shortfall(rows, counts):
+            lacking, givers = self.manager.shortfall(rows, counts), self.table.running
+            if not lacking:
+                lacking, givers = self.admission.over_quota()
+            if not lacking:
                 return rows, counts
-            victim = self.table.sequences[int(self.table.running[-1])]
-            assert victim is not None
-            if len(self.table.running) > 1:
-                self._roster.preempt(victim)
-            else:
-                self._roster.fail_outgrown(victim)
+            self._totals.num_rungs += 1
+            self._pressure.relieve(lacking, givers)
 
     def _grants(self) -> tuple[Int32, Int32]:
         """Return the running rows that compute, and how many tokens each: [B], [B]."""
@@ -200,42 +232,12 @@ class Scheduler:
         rows = self.table.running
         need = self.table.num_known[rows] - self.table.num_computed[rows]
         need = self.retention.limit(rows, need)
-        if limits.long_prefill_token_threshold:
+        if limits.long_prefill_token_threshold and len(rows) + len(self._roster.waiting) > 1:
             need = np.minimum(need, limits.long_prefill_token_threshold)
         before = np.cumsum(need) - need
         counts = np.clip(limits.max_num_batched_tokens - before, 0, need).astype(np.int32)
         granted = counts > 0
         return rows[granted], counts[granted]
-
-    def _admit_waiting(self, spent: int) -> tuple[Int32, Int32]:
-        """Admit from the queue while tokens, rows and blocks last; give each its first chunk."""
-        limits = self.config.scheduler
-        budget = limits.max_num_batched_tokens - int(spent)
-        chunk = limits.long_prefill_token_threshold or budget
-        rows: list[int] = []
-        counts: list[int] = []
-        while self._roster.waiting and budget > 0:
-            seq = self._roster.waiting.peek()
-            if self._admission.has_outgrown(seq):
-                self._roster.fail_outgrown(seq)
-                continue
-            hits = self.manager.find_prefix(seq)
-            if not self._admission.can_admit(seq, hits):
-                break
-            self._roster.admit(seq, hits, self._stop_ids(seq.request))
-            row = np.array([seq.row], np.int32)
-            left = self.table.num_known[row] - self.table.num_computed[row]
-            count = min(int(self.retention.limit(row, left)[0]), chunk, budget)
-            self.retention.place(row)
-            self.manager.grow(row, np.array([count], np.int32))
-            rows.append(seq.row)
-            counts.append(count)
-            budget -= count
-        return np.array(rows, np.int32), np.array(counts, np.int32)
-
-    def _stop_ids(self, request: Request) -> list[int]:
-        eos = () if request.sampling.ignore_eos else self.config.model.eos_token_ids
-        return sorted({*request.sampling.stop_token_ids, *eos})
 
     # A step: commit
 
@@ -252,8 +254,10 @@ class Scheduler:
         self._check_outstanding(plan, "commit")
         drawn = drawn_tokens(plan, result)
         self._outstanding = None
+        self.tier.commit()
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
         counts = np.diff(plan.query_start)
+        self._charge(plan.rows[alive], counts[alive])
         self.retention.observe(plan, result, alive)
         self.manager.advance(plan.rows[alive], counts[alive])
         self._preempt(self.retention.evict(plan.rows[alive]))
@@ -264,6 +268,7 @@ class Scheduler:
         seq_ids = self.table.seq_id[rows]
         stopped = self.table.append_tokens(rows, token_ids)
         self._totals.generation_tokens += len(rows)
+        self.tenants.charge(self.table.tenant[rows], np.ones(len(rows), np.int32))
         self._finish_ended(rows, token_ids, stopped)
         finished, self._roster.finished = self._roster.finished, []
         if self._audits:
@@ -271,6 +276,12 @@ class Scheduler:
         return StepOutput(
             rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
         )
+
+    def _charge(self, rows: Int32, counts: Int32) -> None:
+        """Count computed tokens to their tenants; those computed again are nobody's fault."""
+        done = self.table.num_computed[rows] + counts
+        first = np.maximum(self.table.num_computed[rows], self.table.num_scored[rows])
+        self.tenants.charge(self.table.tenant[rows], np.maximum(done - first, 0))
 
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.
@@ -283,6 +294,7 @@ class Scheduler:
         """
         self._check_outstanding(plan, "discard")
         self._outstanding = None
+        self.tier.discard()
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
         running = self.table.running
         moved = self.manager.holders(plan.moves[:, 1] // self.manager.block_size)
@@ -341,6 +353,8 @@ class Scheduler:
             blocks_held=pool.num_held,
             blocks_cached=pool.num_cached,
             blocks_free=pool.num_available - pool.num_cached,
+            host_blocks_held=self.tier.num_blocks - self.tier.num_free,
+            blocks_reclaimed=pool.num_reclaimed,
             **msgspec.structs.asdict(self._totals),
         )
 
@@ -356,3 +370,4 @@ class Scheduler:
         """Check every invariant of every owner of state; AssertionError names the broken one."""
         self.manager.audit()
         self._roster.audit()
+        self.tier.audit()

@@ -16,6 +16,16 @@ FIRST_WIDTH = 64
 FREE = -1
 ENTRY_COLUMNS = ("block_table", "first_position", "rotation", "score", "weight", "mass")
 SCORE_COLUMNS = ENTRY_COLUMNS[3:]
+PROGRESS_COLUMNS = (
+    "num_blocks",
+    "num_resident",
+    "num_computed",
+    "next_position",
+    "num_evicted",
+    "forfeited",
+    "left_out",
+    "replay_until",
+)
 
 
 class SequenceTable:
@@ -29,6 +39,9 @@ class SequenceTable:
         num_blocks: [groups, rows] Entries in use in ``block_table``.
         limit: The number of known tokens at which the sequence ends.
         max_blocks: The most blocks per table that the sequence ever holds at once.
+        urgency: Its priority and age as one number; lower is more urgent.
+        tenant: Its request's tenant as a number.
+        evicts: Whether its policy can forget anything.
         token_ids: [rows, width] Known tokens.
         next_position: The position that the next token's query and key are rotated to.
         num_evicted: Tokens that eviction has forgotten, summed over groups.
@@ -59,6 +72,9 @@ class SequenceTable:
         self.num_computed: Int32 = np.zeros(rows, np.int32)
         self.limit: Int32 = np.zeros(rows, np.int32)
         self.max_blocks: Int32 = np.zeros(rows, np.int32)
+        self.urgency: Int64 = np.zeros(rows, np.int64)
+        self.evicts: Bool = np.zeros(rows, np.bool_)
+        self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
         self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
         self.token_ids: Int32 = np.zeros((rows, FIRST_WIDTH), np.int32)
@@ -98,6 +114,11 @@ class SequenceTable:
         """Rows that no running or reserved sequence holds, lowest first."""
         return np.flatnonzero(self.seq_id == FREE).astype(np.int32)
 
+    @property
+    def has_free_row(self) -> bool:
+        """Whether any row is free."""
+        return bool((self.seq_id == FREE).any())
+
     def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
         """Write a sequence's facts into a row: its tokens, limits and sampling columns.
 
@@ -123,6 +144,9 @@ class SequenceTable:
         most = seq.max_len if params.max_tokens is None else seq.num_prompt + params.max_tokens
         self.limit[row] = min(most, seq.max_len)
         self.max_blocks[row] = seq.max_blocks
+        self.urgency[row] = seq.urgency
+        self.evicts[row] = seq.policy.evicts
+        self.tenant[row] = seq.tenant_id
         self._bind_stops(row, stop_ids)
         for name, column in self.sampling.items():
             if name not in ("seed", "num_logprobs"):
@@ -247,11 +271,9 @@ class SequenceTable:
         for name in ENTRY_COLUMNS:
             column = getattr(self, name)
             column[:, children] = column[:, [row]]
-        for name in ("num_blocks", "num_resident"):
+        for name in PROGRESS_COLUMNS:
             column = getattr(self, name)
-            column[:, children] = column[:, [row]]
-        for name in ("num_computed", "next_position", "num_evicted", "forfeited", "left_out"):
-            getattr(self, name)[children] = getattr(self, name)[row]
+            column[..., children] = column[..., [row]]
         if self.by_token[row]:
             self.tokens.copy(row, children)
 

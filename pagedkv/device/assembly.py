@@ -52,5 +52,6 @@ def assemble(
         scheduler.manager.block_size,
         layout=scheduler.layout,
         dtype=dtype,
+        num_cpu_blocks=config.cache.num_cpu_blocks,
     )
     return Engine(scheduler, TorchExecutor(loaded, store, layout=scheduler.layout))

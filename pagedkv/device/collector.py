@@ -141,6 +141,8 @@ class OutputCollector:
             logprobs=logprobs,
             error=end.error,
             num_preemptions=end.num_preemptions,
+            num_swaps=end.num_swaps,
+            num_shrinks=end.num_shrinks,
             num_evicted_tokens=end.num_evicted_tokens,
             forfeited_mass=end.forfeited_mass,
             leave_one_out_error=end.leave_one_out_error,

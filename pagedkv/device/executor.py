@@ -50,6 +50,10 @@ class TorchExecutor:
         if len(plan.moves):
             moves = torch.from_numpy(plan.moves)
             self.store.move_slots(moves[:, 0], moves[:, 1])
+        if len(plan.swap_out):
+            self.store.swap_out(*torch.from_numpy(plan.swap_out).long().T)
+        if len(plan.swap_in):
+            self.store.swap_in(*torch.from_numpy(plan.swap_in).long().T)
         if len(plan.copies):
             copies = torch.from_numpy(plan.copies).long()
             self.store.copy_blocks(copies[:, 0], copies[:, 1])

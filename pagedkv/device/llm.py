@@ -73,6 +73,7 @@ class LLM:
             self.config.cache.block_size,
             layout=self.scheduler.layout,
             dtype=getattr(torch, dtype),
+            num_cpu_blocks=self.config.cache.num_cpu_blocks,
             poison=audit_enabled(),
         )
         executor = TorchExecutor(self.model, self.store, layout=self.scheduler.layout)

@@ -30,7 +30,9 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
         stop_reason: The stop token's id or the stop string, if one ended it and it was not eos.
         logprobs: Per token, id to log-probability, the drawn token first; None if not asked for.
         error: What went wrong, if ``finish_reason`` is ``error``.
-        num_preemptions: How often its blocks were taken and its tokens computed again.
+        num_preemptions: How often its blocks were taken, and it had to wait.
+        num_swaps: How often they were kept in host memory instead of computed again.
+        num_shrinks: How often it had to forget blocks because others lacked them.
         num_evicted_tokens: Tokens that its eviction policy has forgotten, mean over groups; 0 says
             that the policy never fired.
         forfeited_mass: The attention mass that they got from the last query before they went,
@@ -48,6 +50,8 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
     logprobs: list[dict[int, Logprob]] | None = None
     error: str = ""
     num_preemptions: int = 0
+    num_swaps: int = 0
+    num_shrinks: int = 0
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
     leave_one_out_error: float | None = None

@@ -59,6 +59,7 @@ class KVStore:
 
     Args:
         layout: The scheduler's groups; one for everything if omitted.
+        num_cpu_blocks: Blocks of host memory beside the pool; pinned where the pool is CUDA's.
         poison: Fill new blocks with NaN, so that reading a slot nobody wrote shows in the output.
     """
 
@@ -71,10 +72,13 @@ class KVStore:
         layout: GroupLayout | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        num_cpu_blocks: int = 0,
         poison: bool = False,
     ) -> None:
         layout = layout or one_group(geometry)
-        check_memory(num_blocks * bytes_per_block(geometry, layout, block_size, dtype))
+        check_memory(
+            (num_blocks + num_cpu_blocks) * bytes_per_block(geometry, layout, block_size, dtype)
+        )
         shape = (
             layout.slot_layers,
             num_blocks,
@@ -84,6 +88,9 @@ class KVStore:
         )
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        host, pinned = (shape[0], num_cpu_blocks, *shape[2:]), device.startswith("cuda")
+        self._host_keys = torch.empty(host, dtype=dtype, pin_memory=pinned)
+        self._host_values = torch.empty(host, dtype=dtype, pin_memory=pinned)
         if poison:
             self.keys.fill_(torch.nan)
             self.values.fill_(torch.nan)
@@ -124,6 +131,16 @@ class KVStore:
         for pool in (self._key_slots, self._value_slots):
             for layer in pool:
                 layer.index_copy_(0, targets, layer.index_select(0, sources))
+
+    def swap_out(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy blocks of the pool to host memory in every layer; int64 [C] each."""
+        for pool, host in ((self.keys, self._host_keys), (self.values, self._host_values)):
+            host[:, targets] = pool[:, sources.to(pool.device)].to(host.device)
+
+    def swap_in(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy blocks of host memory back to the pool in every layer; int64 [C] each."""
+        for pool, host in ((self.keys, self._host_keys), (self.values, self._host_values)):
+            pool[:, targets.to(pool.device)] = host[:, sources].to(pool.device)
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole blocks in every layer; int64 [C] each, no block on both sides."""

@@ -84,6 +84,7 @@ class RecordingExecutor:
         self.position = np.full(slots, NOTHING, np.int64)
         self.fingerprint = np.full(slots, NOTHING, np.int64)
         self.salt = {}
+        self.host = {}
         self.known = {}
         self.salts = {}
         self.num_copies = 0
@@ -92,6 +93,7 @@ class RecordingExecutor:
 
     def execute(self, plan):
         assert not len(plan.moves), "nobody here evicts"
+        self._swap(plan.swap_out, plan.swap_in)
         self._copy(plan.copies)
         for g, slots in enumerate(plan.slot_mapping):
             assert len(np.unique(slots)) == len(slots), "two tokens are written to one slot"
@@ -106,6 +108,22 @@ class RecordingExecutor:
             )
         ]
         return StepResult(token_ids=np.array(drawn, np.int32))
+
+    def _swap(self, out, back):
+        """Blocks go to host memory and come back under another number."""
+        size = self.block_size
+        for source, target in out.tolist():
+            self.host[target] = [
+                column[:, source * size :][:, :size].copy()
+                for column in (self.token, self.position, self.fingerprint)
+            ] + [self.salt[source]]
+        for source, target in back.tolist():
+            *columns, salt = self.host.pop(source)
+            for column, kept in zip(
+                (self.token, self.position, self.fingerprint), columns, strict=True
+            ):
+                column[:, target * size :][:, :size] = kept
+            self.salt[target] = salt
 
     def _copy(self, copies):
         sources, targets = copies[:, 0], copies[:, 1]
@@ -205,6 +223,8 @@ class Driver:
         assert plan.num_tokens <= limits.max_num_batched_tokens
         assert len(plan.rows) <= limits.max_num_seqs
         most = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
+        if len(plan.rows) == 1:  # a lone prompt shares with nobody
+            most = limits.max_num_batched_tokens
         assert np.diff(plan.query_start).max(initial=1) <= most
 
     def run(self, *requests, max_steps=10_000):

@@ -9,7 +9,7 @@ from tests.core.refusals import refused, snapshot, unharmed
 
 
 def test_a_prompt_that_the_pool_can_never_hold_is_refused(busy):
-    request = make_request("huge", [1] * 40)
+    request = make_request("huge", [1] * 41)
     refused(busy, request, NeverFits, "huge", "11 blocks", "10", "cache.num_blocks")
 
 

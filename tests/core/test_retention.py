@@ -126,12 +126,19 @@ class Witness:
         self.truth = np.full(shape, -1, np.int64)
         self.rotation = np.full(shape, -1, np.int64)
         self.names = {}
+        self.host = {}
 
     def execute(self, plan):
         sources, targets = plan.moves.T
         assert len(np.unique(targets)) == len(targets), "a slot is the target of two moves"
-        for column in (self.content, self.truth, self.rotation):
+        columns = self.content, self.truth, self.rotation
+        for column in columns:
             column[:, targets] = column[:, sources]
+        for source, target in plan.swap_out.tolist():
+            self.host[target] = [c[:, source * SIZE :][:, :SIZE].copy() for c in columns]
+        for source, target in plan.swap_in.tolist():
+            for column, kept in zip(columns, self.host.pop(source), strict=True):
+                column[:, target * SIZE :][:, :SIZE] = kept
         for source, target in plan.copies.tolist():
             for column in (self.content, self.truth, self.rotation):
                 column[:, target * SIZE :][:, :SIZE] = column[:, source * SIZE :][:, :SIZE]
@@ -352,7 +359,7 @@ def test_survivors_are_those_of_the_plain_policies(granularity):
 def test_chunks_do_not_matter(name, granularity):
     request = make_request(1, 45, POLICIES[name])
     whole = alone(request, granularity)
-    for limits in ({"max_num_batched_tokens": 1}, {"long_prefill_token_threshold": 5}):
+    for limits in ({"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 5}):
         cut = Run(make_config(granularity=granularity, **limits), [request])
         assert len(cut.plans) > len(whole.plans)
         assert cut.answers() == whole.answers()

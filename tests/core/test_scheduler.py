@@ -278,15 +278,16 @@ def test_the_order_of_admission_outlives_the_rows():
 def test_a_prompt_that_no_pool_state_could_hold_is_refused_at_once():
     driver = Driver(make_config(4, 5))
     with pytest.raises(NeverFits, match="needs 6 blocks of 4 tokens and the pool has 5"):
-        driver.add(make_request("huge", 20))
+        driver.add(make_request("huge", 21))
     assert not driver.scheduler.has_unfinished()
-    driver.run(make_request("fits", 19, max_tokens=1))
+    driver.run(make_request("fits exactly", 20, max_tokens=1))
+    assert driver.finished["fits exactly", 0].finish_reason == "length"
 
 
 def test_groups_count_when_asking_whether_a_prompt_fits():
     with pytest.raises(NeverFits):
-        Driver(make_config(4, 5), num_groups=3).add(make_request("a", 4))
-    Driver(make_config(4, 6), num_groups=3).run(make_request("a", 4, max_tokens=1))
+        Driver(make_config(4, 5), num_groups=3).add(make_request("a", 5))
+    Driver(make_config(4, 6), num_groups=3).run(make_request("a", 5, max_tokens=1))
 
 
 def test_a_lone_request_that_outgrows_the_pool_ends_and_the_others_go_on():

@@ -1,0 +1,34 @@
+"""What a policy promises before anything runs: how much a sequence holds, how much it may adopt."""
+
+from collections.abc import Sequence as Many
+
+from pagedkv.core.request import UNBOUNDED
+from pagedkv.eviction import Policy, lookback
+
+__all__ = ["most_blocks", "usable_prefix"]
+
+
+def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
+    """Return the most blocks per table that the policy lets a sequence hold at once."""
+    if policy.most_tokens is None:
+        return UNBOUNDED
+    most = max(policy.most_tokens, *windows)
+    # The cap, the chunk in flight, and a block each that sinks, window and tail round up to.
+    return -(-most // block_size) + policy.cadence(block_size).chunk // block_size + 3
+
+
+def usable_prefix(policy: Policy, block_size: int) -> int:
+    """Return how many tokens a sequence may take from the prefix cache.
+
+    A cached prefix was made without eviction and is scored by nobody, so only as much of it
+    is safe as leaves the first round of eviction and all that it looks back on to be computed.
+    """
+    if not policy.evicts:
+        return UNBOUNDED
+    looks_back = lookback(policy, block_size)
+    least = policy.most_tokens if policy.adaptive is None else policy.adaptive[0]
+    # A threshold evicts before the cap is reached, a pyramid's last layer as well.
+    early = policy.threshold is not None or policy.spread == "pyramid"
+    if looks_back is None or least is None or early or policy.scorer().static:
+        return 0
+    return max(0, least - looks_back)

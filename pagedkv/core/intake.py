@@ -1,0 +1,141 @@
+"""The pass of a step that lets waiting sequences in."""
+
+import numpy as np
+
+from pagedkv.config import EngineConfig
+from pagedkv.core.admission import Admission
+from pagedkv.core.arrays import Int32
+from pagedkv.core.pressure import Pressure
+from pagedkv.core.request import Request, Sequence
+from pagedkv.core.retention import Retention
+from pagedkv.core.roster import Roster
+
+__all__ = ["Intake"]
+
+
+class Intake:
+    """Tries waiting sequences in their queue's order until tokens, rows or blocks run out."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        roster: Roster,
+        retention: Retention,
+        admission: Admission,
+        pressure: Pressure,
+    ) -> None:
+        self._config = config
+        self._limits = config.scheduler
+        self._roster = roster
+        self._retention = retention
+        self._manager = retention.manager
+        self._table = retention.table
+        self._admission = admission
+        self._pressure = pressure
+
+    def make_way(self, now: int) -> None:
+        """Push back running sequences for a waiting one that is more urgent, if that lets it in.
+
+        Call it before the running ones are given their tokens.
+        """
+        if self._limits.scheduling_policy != "priority" or not self._roster.waiting:
+            return
+        seq = next(self._roster.waiting.order(now))
+        hits = self._manager.find_prefix(seq)
+        if self._admission.has_outgrown(seq) or self._admission.can_admit(seq, hits):
+            return
+        rows = self._table.running
+        later = self._table.urgency[rows] > seq.urgency
+        less = [self.sequence(row).request.priority > seq.request.priority for row in rows.tolist()]
+        rows = rows[later & np.array(less, np.bool_)]
+        order = rows[np.argsort(-self._table.urgency[rows], kind="stable")]
+        for row in order[: self._admission.num_to_push_back(seq, hits, order)].tolist():
+            self._pressure.push_back(self.sequence(row))
+
+    def admit(self, budget: int, now: int) -> tuple[Int32, Int32]:
+        """Admit from the queue, and give each sequence its first chunk: [N] rows, [N] tokens.
+
+        A sequence that does not fit is passed by at most ``max_skips`` later ones; one whose
+        tenant's quota is used up, or whose prefix another is just computing, holds up nobody.
+
+        Args:
+            budget: Tokens that the step has left.
+            now: The step's number.
+        """
+        rows: list[int] = []
+        counts: list[int] = []
+        if not self._roster.waiting or budget <= 0 or not self._table.has_free_row:
+            return np.array(rows, np.int32), np.array(counts, np.int32)
+        alone = len(self._roster.waiting) == 1 and not len(self._table.running)
+        chunk = (0 if alone else self._limits.long_prefill_token_threshold) or budget
+        passed: list[Sequence] = []
+        over_quota: set[int] = set()
+        computing = self._digests_in_work()
+        for seq in self._roster.waiting.order(now):
+            if budget <= 0 or not self._may_pass(passed):
+                break
+            if seq.tenant_id in over_quota or self._failed(seq):
+                continue
+            hits = self._manager.find_prefix(seq)
+            if not self._admission.within_quota(seq):
+                over_quota.add(seq.tenant_id)
+            elif computing is not None and seq.next_digest(len(hits)) in computing:
+                continue
+            elif not self._admission.can_admit(seq, hits):
+                passed.append(seq)
+            else:
+                count = self._enter(seq, hits, min(budget, chunk))
+                for other in passed:
+                    other.num_passed += 1
+                if computing is not None:
+                    computing.update(seq.hashes[len(hits) :])
+                rows.append(seq.row)
+                counts.append(count)
+                budget -= count
+        return np.array(rows, np.int32), np.array(counts, np.int32)
+
+    def _may_pass(self, passed: list[Sequence]) -> bool:
+        """Return whether one more may be admitted before those that did not fit."""
+        most = self._limits.max_skips
+        return len(passed) <= most and all(seq.num_passed < most for seq in passed)
+
+    def _failed(self, seq: Sequence) -> bool:
+        """End a sequence that has outgrown all it could ever get; return whether it had."""
+        if not self._admission.has_outgrown(seq):
+            return False
+        self._roster.fail_outgrown(seq)
+        return True
+
+    def _enter(self, seq: Sequence, hits: Int32, most: int) -> int:
+        """Admit a sequence and return how many of its tokens it computes in this step."""
+        self._roster.admit(seq, hits, self._stop_ids(seq.request))
+        row = np.array([seq.row], np.int32)
+        left = self._table.num_known[row] - self._table.num_computed[row]
+        count = min(int(self._retention.limit(row, left)[0]), most)
+        self._retention.place(row)
+        copies = self._manager.grow(row, np.array([count], np.int32))
+        assert not len(copies), "an admitted sequence shares no block that it writes to"
+        return count
+
+    def _stop_ids(self, request: Request) -> list[int]:
+        eos = () if request.sampling.ignore_eos else self._config.model.eos_token_ids
+        return sorted({*request.sampling.stop_token_ids, *eos})
+
+    def _digests_in_work(self) -> set[bytes | None] | None:
+        """Return the hashes of the blocks that running prompts are yet to compute; for ``lpm``."""
+        if self._limits.scheduling_policy != "lpm":
+            return None
+        rows = self._table.running
+        computed = self._table.num_computed[rows]
+        prefilling = np.flatnonzero(computed < self._table.num_prompt[rows])
+        digests: set[bytes | None] = set()
+        for i in prefilling.tolist():
+            first = int(computed[i]) // self._manager.block_size
+            digests.update(self.sequence(int(rows[i])).hashes[first:])
+        return digests
+
+    def sequence(self, row: int) -> Sequence:
+        """Return the sequence in a row that is taken."""
+        seq = self._table.sequences[row]
+        assert seq is not None
+        return seq

@@ -1,0 +1,79 @@
+"""How tokens are drawn, and when drawing stops."""
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from pagedkv.config import LARGEST_INT32, Checked, TokenId
+from pagedkv.errors import InvalidRequest, PagedKVError
+
+__all__ = ["SamplingParams"]
+
+Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return a list or array as a tuple, None as an empty one; anything else as it is."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
+    return () if value is None else value
+
+
+class SamplingParams(Checked, frozen=True, kw_only=True):
+    """How tokens are drawn and when drawing stops; the words and defaults are vLLM's.
+
+    Attributes:
+        n: Sequences to draw for the prompt; they share its blocks and fork copy-on-write.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Keep the likeliest tokens until their probabilities sum to this.
+        top_k: Keep this many likeliest tokens; 0 or -1 keeps all.
+        min_p: Drop tokens less likely than this fraction of the likeliest.
+        seed: Fixes the draws of this request, whatever else is in the batch.
+        max_tokens: The most tokens to generate; None goes on to the model's length.
+        stop: Strings that end the text; they are not part of it.
+        stop_token_ids: Token ids that end the sequence, beside the model's own.
+        ignore_eos: Go on past the model's end-of-sequence tokens.
+        logprobs: Report this many likeliest alternatives per token; 0 only the token's own.
+        prompt_logprobs: The same for the prompt's tokens after the first. All of them are then
+            computed: none is taken from the prefix cache.
+        repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
+        presence_penalty: Subtracted from the logit of every token already generated.
+        frequency_penalty: The same, times how often it was generated.
+    """
+
+    section: ClassVar[str] = "sampling"
+    error: ClassVar[type[PagedKVError]] = InvalidRequest
+
+    n: Annotated[int, Meta(ge=1)] = 1
+    temperature: Temperature = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=LARGEST_INT32)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
+    stop: str | tuple[str, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
+        msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        super().__post_init__()
+        if "" in self.stop:
+            raise InvalidRequest(
+                "an empty stop string", where="sampling.stop", remedy="give strings with text"
+            )
+
+    @property
+    def width(self) -> int:
+        """Sequences that run for the prompt."""
+        return self.n

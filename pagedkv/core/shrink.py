@@ -1,0 +1,58 @@
+"""The second rung under pressure: sequences with an elastic budget forget more, to a floor."""
+
+import numpy as np
+
+from pagedkv.core.arrays import Bool, Float32, Int32
+from pagedkv.core.retention import Retention
+from pagedkv.eviction import Policy, protect
+
+__all__ = ["shrink"]
+
+
+def shrink(retention: Retention, need: int) -> int:
+    """Free blocks by eviction from running sequences with an adaptive budget.
+
+    The blocks that go are those with the least attention mass over all such sequences; sinks,
+    recent tokens, tails and every table's floor stay. Only blocks that nobody shares are taken:
+    evicting others would free nothing.
+
+    Args:
+        need: Blocks that lack.
+
+    Returns:
+        How many blocks became available, ``need`` at most.
+    """
+    candidates = [
+        (chosen, rows, _candidates(retention, chosen, rows)) for chosen, rows in retention.elastic()
+    ]
+    if not candidates or need <= 0:
+        return 0
+    mass = np.concatenate([mass.ravel() for _, _, mass in candidates])
+    lightest = np.argsort(mass, kind="stable")[:need]
+    taken: Bool = np.zeros(len(mass), np.bool_)
+    taken[lightest[np.isfinite(mass[lightest])]] = True
+    sizes = np.cumsum([mass.size for _, _, mass in candidates])[:-1]
+    for (chosen, rows, mine), part in zip(candidates, np.split(taken, sizes), strict=True):
+        gone = part.reshape(mine.shape)
+        if gone.any():
+            retention.forget(chosen, retention.view(chosen, rows), rows, gone)
+            for row in rows[gone.any(axis=(0, 2))].tolist():
+                seq = retention.table.sequences[row]
+                assert seq is not None
+                seq.num_shrinks += 1
+    return int(taken.sum())
+
+
+def _candidates(retention: Retention, chosen: Policy, rows: Int32) -> Float32:
+    """Return the mass of the entries that may go, infinity for all others: [groups, B, W]."""
+    table, pool, view = retention.table, retention.manager.pool, retention.view(chosen, rows)
+    assert chosen.adaptive is not None
+    may_go = (view.entry < view.num_sealed[:, None]) & ~protect(chosen, view)
+    may_go = may_go.reshape(table.num_groups, len(rows), -1)
+    width = may_go.shape[2]
+    may_go &= pool.ref_count[table.block_table[:, rows, :width]] == 1
+    may_go[retention.windows > 0] = False
+    mass = np.where(may_go, table.mass[:, rows, :width], np.float32(np.inf))
+    spare = np.maximum(table.num_resident[:, rows] - chosen.adaptive[0], 0) // table.block_size
+    rank = np.argsort(np.argsort(mass, axis=2, kind="stable"), axis=2)
+    return np.where(rank < spare[:, :, None], mass, np.float32(np.inf))

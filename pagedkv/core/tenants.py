@@ -1,0 +1,95 @@
+"""On whose account sequences run: who may send, how much they may hold, what they were served."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from pagedkv.core.arrays import Int32, Int64
+from pagedkv.errors import ConfigError, InvalidRequest
+
+__all__ = ["NO_QUOTA", "Tenants"]
+
+NO_QUOTA = 2**40
+
+
+class Tenants:
+    """Tenants by number, in the order they were named or first seen.
+
+    Args:
+        entries: ``name`` or ``name=blocks`` each; empty lets everybody in, without quotas.
+        num_blocks: Blocks in the pool.
+
+    Attributes:
+        quota: [tenants] The most blocks that a tenant's running sequences may hold.
+        served: [tenants] Tokens computed, first time only, plus tokens generated.
+
+    Raises:
+        ConfigError: An entry cannot be read, names a tenant twice or a quota over the pool.
+    """
+
+    def __init__(self, entries: tuple[str, ...], num_blocks: int) -> None:
+        self.closed = bool(entries)
+        self._ids: dict[str, int] = {}
+        quotas: list[int] = []
+        for entry in entries:
+            name, _, quota = entry.partition("=")
+            if name in self._ids or ("=" in entry and not (quota.isascii() and quota.isdigit())):
+                raise _fault(entry, "give each tenant once, as name or name=blocks")
+            blocks = int(quota) if quota else NO_QUOTA
+            if quota and not 1 <= blocks <= num_blocks:
+                raise _fault(entry, f"give a quota from 1 to the pool's {num_blocks} blocks")
+            self._ids[name] = len(quotas)
+            quotas.append(blocks)
+        self.quota: Int64 = np.array(quotas, np.int64)
+        self.served: Int64 = np.zeros(len(quotas), np.int64)
+
+    @property
+    def limited(self) -> bool:
+        """Whether any tenant has a quota."""
+        return bool((self.quota < NO_QUOTA).any())
+
+    def check(self, name: str, request_id: str) -> None:
+        """Refuse a tenant that is not listed, if there is a list.
+
+        Raises:
+            InvalidRequest: It is not.
+        """
+        if self.closed and name not in self._ids:
+            raise InvalidRequest(
+                f"tenant {name!r} is not one of this scheduler's",
+                where=f"request {request_id!r}",
+                remedy=f"give one of {', '.join(map(repr, self._ids))}, or list it in "
+                "scheduler.tenants",
+            )
+
+    def quota_of(self, name: str) -> int:
+        """Return the most blocks a tenant's running sequences may hold."""
+        return int(self.quota[self._ids[name]]) if name in self._ids else NO_QUOTA
+
+    def welcome(self, name: str, at_work: Iterable[int]) -> int:
+        """Return a tenant's number when it sends a request.
+
+        One that had nothing in work is lifted to the least served of those that have: what was
+        not asked for while idle is not saved up.
+
+        Args:
+            at_work: Numbers of the tenants with requests in work.
+        """
+        if name not in self._ids:
+            self._ids[name] = len(self.quota)
+            self.quota = np.append(self.quota, NO_QUOTA)
+            self.served = np.append(self.served, 0)
+        number = self._ids[name]
+        busy = set(at_work)
+        if busy and number not in busy:
+            least = min(int(self.served[other]) for other in busy)
+            self.served[number] = max(int(self.served[number]), least)
+        return number
+
+    def charge(self, tenants: Int32, tokens: Int32 | Int64) -> None:
+        """Count tokens served: [N] tenants, [N] tokens."""
+        self.served += np.bincount(tenants, tokens, minlength=len(self.served)).astype(np.int64)
+
+
+def _fault(entry: str, remedy: str) -> ConfigError:
+    return ConfigError(f"{entry!r}", where="scheduler.tenants", remedy=remedy)
