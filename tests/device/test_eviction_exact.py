@@ -151,8 +151,9 @@ def test_other_rotations_equal_the_oracle(model_type, granularity):
 
 def test_a_model_with_learned_positions_keeps_the_original_ones():
     names = ("streaming", "h2o", "tova", "keydiff")
-    server = served("gpt2", "layer", names, ("original",))
-    for name in names:
+    by_token = {"token": "h2o + budget=15 + chunk=8 + unit=token"}
+    server = served("gpt2", "layer", names, ("original",), **by_token)
+    for name in (*names, *by_token):
         assert check(server, f"{name} original").num_evicted > 0
     assert all(plan.turns is None for plan in server.plans)
 
@@ -169,7 +170,7 @@ def test_beside_windowed_layers_the_others_equal_the_oracle(granularity):
     """A budget below the window, too: layers with a window keep all that it shows."""
     names = {
         f"{name}{budget}": f"{name} + chunk=8 + budget={budget}"
-        for name in ("streaming", "h2o", "keydiff")
+        for name in ("streaming", "h2o", "keydiff", "h2o + unit=token")
         for budget in (12, 24)
     }
     server = served("gemma3_text", granularity, (), ("auto",), 40, **names)
