@@ -1,8 +1,10 @@
-"""Names for expressions: the policies of the literature, by block.
+"""Names for expressions: the policies of the literature, by block or by token.
 
-Every published policy below drops single tokens; here it drops whole blocks, so a kept token
-keeps its block. Budgets are per table, and sinks cost a whole block. Overrides replace a part and
-leave the split of the rest: ``policy("h2o", budget=1024)``.
+Every published policy below drops single tokens. As written here it drops whole blocks: nothing is
+copied, a kept token keeps its block, and sinks cost a whole one. With ``unit=token`` it drops
+tokens and packs the rest into the fewest blocks: ``policy("h2o", unit="token")`` with one table
+per head (``granularity="head"``) is the paper's H2O. Budgets are per table. Overrides replace a
+part and leave the split of the rest: ``policy("h2o", budget=1024)``.
 """
 
 __all__ = ["PRESETS"]
