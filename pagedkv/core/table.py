@@ -229,12 +229,13 @@ class SequenceTable:
         for name in ENTRY_COLUMNS:
             column = getattr(self, name)
             column[:, rows, :width] = np.take_along_axis(column[:, rows, :width], order, axis=2)
-        self.num_blocks[:, rows] = (keep & used).sum(axis=2)
         at = np.flatnonzero(self.by_token[rows])
-        if len(at):
-            slots = np.repeat(keep[:, at], self.block_size, axis=2)
+        if len(at):  # who stands beside them may have longer tables than there are columns for
+            widest = int(self.num_blocks[:, rows[at]].max())
+            slots = np.repeat(keep[:, at, :widest], self.block_size, axis=2)
             resident = np.arange(slots.shape[2]) < self.num_resident[:, rows[at], None]
             self.tokens.keep(rows[at], slots & resident)
+        self.num_blocks[:, rows] = (keep & used).sum(axis=2)
         return dropped
 
     def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:

@@ -229,3 +229,15 @@ def test_a_policys_place_is_given_away_when_nobody_has_it():
             run.step()
     assert len(run.scheduler.retention._policies) == 1
     assert kept_by(run.scheduler.table, 0) == [[]]
+
+
+def test_windows_slide_beside_tables_that_are_longer():
+    model = {"sliding_window": (8, 0)}
+    requests = [
+        make_request(1, 20, H2O, max_tokens=20),
+        make_request(2, 60, "full", max_tokens=20),
+    ]
+    run = Run(make_config(granularity="layer", model=model), requests)
+    assert run.finished["1", 0].num_evicted_tokens > 0
+    for request in requests:
+        assert_same(run, request, "layer", model=model)
