@@ -82,8 +82,8 @@ class CachedOrder:
         """Blocks lose their content, and with it what it was worth."""
         self._level[ids] = 0
 
-    def stored(self, ids: Int32, priority: int) -> None:
-        """Blocks became findable, computed by a request of this priority."""
+    def stored(self, ids: Int32, priority: Int32 | int) -> None:
+        """Blocks became findable, computed by a request of this priority, or one each."""
         if self.order == "priority":
             self._level[ids] = -priority
 
