@@ -72,6 +72,10 @@ class PrefixIndex:
         """Return for each block id whether its content can be found."""
         return self.entry_of[ids] >= 0
 
+    def knows_any(self, hashes: Ids[bytes]) -> bool:
+        """Return whether any of the hashes can be found."""
+        return not self._entries.keys().isdisjoint(hashes)
+
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
         found: list[int] = []
