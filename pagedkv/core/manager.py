@@ -1,5 +1,7 @@
 """Blocks for sequences: the only writer of pool, sequence table and prefix index."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pagedkv.config import CacheConfig
@@ -22,6 +24,9 @@ class BlockManager:
 
     Methods come in pairs: a question that changes nothing (`missing_blocks`, `shortfall`) and the
     command it guards (`admit`, `grow`). A command whose question was answered well cannot fail.
+
+    Attributes:
+        on_reclaim: Is told which cached blocks were just given to somebody else.
     """
 
     def __init__(self, config: CacheConfig, max_num_seqs: int, num_groups: int = 1) -> None:
@@ -37,6 +42,7 @@ class BlockManager:
         self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
         self.index = PrefixIndex(num_blocks, num_groups)
         self._moves: list[Int64] = []
+        self.on_reclaim: Callable[[Int32], object] | None = None
         self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
 
     # Admission
@@ -167,7 +173,11 @@ class BlockManager:
             OutOfBlocks: Fewer are available; nothing changes.
         """
         ids = self.pool.allocate(count)
-        self._unpublish(ids[self.index.findable(ids)])
+        findable = ids[self.index.findable(ids)]
+        if len(findable):
+            self._unpublish(findable)
+            if self.on_reclaim is not None:
+                self.on_reclaim(findable)
         return ids
 
     def _unpublish(self, findable: Int32) -> None:

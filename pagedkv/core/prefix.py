@@ -76,6 +76,11 @@ class PrefixIndex:
         """Return whether any of the hashes can be found."""
         return not self._entries.keys().isdisjoint(hashes)
 
+    def digest_of(self, block: int) -> bytes | None:
+        """Return the hash of what a block holds; None if it cannot be found."""
+        entry = int(self.entry_of[block])
+        return self._hashes[entry] if entry >= 0 else None
+
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
         found: list[int] = []

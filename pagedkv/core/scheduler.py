@@ -345,6 +345,21 @@ class Scheduler:
         """Return a sequence in work; KeyError if it has finished."""
         return self._roster.sequences[seq_id]
 
+    @property
+    def totals(self) -> Totals:
+        """What was counted so far; changes from step to step."""
+        return self._totals
+
+    @property
+    def num_added(self) -> int:
+        """Sequences that were ever queued."""
+        return self._next_seq_id
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._roster.waiting)
+
     def stats(self) -> SchedulerStats:
         """Return the counts of now and the totals so far."""
         pool = self.manager.pool

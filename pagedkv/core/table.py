@@ -309,13 +309,6 @@ class SequenceTable:
         stopped: Bool = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         return stopped
 
-    def write_tokens(self, rows: Int32, token_ids: Int32) -> None:
-        """Write [K, B] tokens behind those that rows know, without counting them as known yet."""
-        known = self.num_known[rows]
-        self.reserve_tokens(int(known.max(initial=0)) + len(token_ids))
-        at = known[:, None] + np.arange(len(token_ids), dtype=np.int32)
-        self.token_ids[rows[:, None], at] = token_ids.T
-
     def sampling_batch(self, rows: Int32) -> SamplingBatch:
         """Gather the sampling columns of the rows that draw, in the given order."""
         columns = {name: column[rows] for name, column in self.sampling.items()}

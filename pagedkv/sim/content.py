@@ -45,7 +45,8 @@ def stream_tokens(streams: Int64, offsets: Int64) -> Int32:
     low = (keys & np.uint64(_LANE)).astype(np.int64)
     high = ((keys >> np.uint64(_LANE_BITS)) & np.uint64(_LANE)).astype(np.int64)
     lane = np.where(offsets % 2 == 0, low, high)
-    return ((lane + offsets * _STEP) & _LANE).astype(np.int32)
+    tokens: Int32 = ((lane + offsets * _STEP) & _LANE).astype(np.int32)
+    return tokens
 
 
 class Content(Struct, frozen=True, eq=False):

@@ -185,7 +185,8 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
         num_tokens=plan.num_tokens,
         context_tokens=float(resident.sum()) / groups,
         attention_pairs=float(pairs.sum()) / groups,
-        copied_tokens=len(plan.copies) * block_size,
+        copied_tokens=(len(plan.copies) * block_size + len(plan.moves)) / groups,
+        swapped_tokens=(len(plan.swap_in) + len(plan.swap_out)) * block_size / groups,
     )
 
 

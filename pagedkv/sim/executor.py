@@ -18,8 +18,8 @@ class CostExecutor:
 
     A request's generated tokens are its output stream: `SamplingParams.seed` names it. Eviction
     policies that want attention are shown a **synthetic score process**, declared as such in every
-    result: each block's share of attention is drawn by its id from a heavy-tailed law (Pareto, shape 1),
-    and the first and the newest blocks get more. No model was asked.
+    result: each block's share of attention is drawn by its id from a heavy-tailed law (Pareto,
+    shape 1), and the first and the newest blocks get more. No model was asked.
 
     Attributes:
         clock: Seconds of virtual time that have passed.
@@ -66,8 +66,14 @@ class CostExecutor:
 
     # Quiet steps
 
-    def decode_seconds(self, resident: Int64, num_steps: int) -> Float64:
-        """Return how long each of the coming pure decode steps takes: [K]."""
+    def decode_seconds(self, resident: Int64, num_steps: int, step: int) -> Float64:
+        """Return how long each of the coming pure decode steps takes: [K].
+
+        Args:
+            resident: [G, B] Tokens resident before them.
+            step: The number of the first.
+        """
+        del step  # a formula needs no number; a recording does
         seconds: Float64 = np.broadcast_to(
             self.cost.seconds(decode_work(resident, num_steps)), (num_steps,)
         )

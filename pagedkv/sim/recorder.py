@@ -174,7 +174,7 @@ class Recorder:
         """Take in quiet steps: what the pool held before, [K] when each ended and how long."""
         table, size = self._scheduler.table, self._manager.block_size
         rows, steps = table.running, len(ends)
-        self.latency["itl"].add(ends[0] - self._last[rows])
+        self._draw(rows, table.seq_id[rows], float(ends[0]))  # some may draw their first token
         if steps > 1:
             self.latency["itl"].add(np.diff(ends), len(rows))
         self._last[rows] = ends[-1]
@@ -189,18 +189,18 @@ class Recorder:
         values[:, 4] = waste + fresh * size - step * before.resident.size
         self.series.add(ends, seconds, values)
         self._count_tokens(ends, len(rows))
-        self.tenants.step(rows, float(seconds.sum()))
+        self.tenants.step(rows, seconds, before.resident)
 
     def planned(self, plan: StepPlan, begin: float, seconds: float) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
-        if self._scheduler.num_preemptions != self._preemptions:
-            self._preemptions = self._scheduler.num_preemptions
+        if self._scheduler.totals.num_preemptions != self._preemptions:
+            self._preemptions = self._scheduler.totals.num_preemptions
             self._look_for_preempted(begin)
         for i in np.flatnonzero(self._planned[plan.rows] != plan.seq_ids).tolist():
             self._admit(int(plan.rows[i]), int(plan.seq_ids[i]), begin)
         pool, size = self._manager.pool, self._manager.block_size
         waste = int((-plan.num_resident % size).sum())
-        self.tenants.step(plan.rows, seconds)
+        self.tenants.step(plan.rows, np.array([seconds]))
         counts = pool.num_held, pool.num_cached, len(plan.rows), self._scheduler.num_waiting
         self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
 

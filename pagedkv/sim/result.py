@@ -16,14 +16,20 @@ from pagedkv.sim.recorder import LATENCIES, Phase, Recorder
 from pagedkv.sim.simulator import Cluster, Replica
 from pagedkv.sim.sketch import Distribution, Series
 from pagedkv.sim.slo import Objective
-from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import Workload
 
 __all__ = ["DEFAULT_HARDWARE", "PERCENTILES", "SimResult", "simulate"]
 
 DEFAULT_HARDWARE = "a100-llama3-8b"
 PERCENTILES = (25.0, 75.0, 90.0, 95.0, 99.0)
-_GAUGES = ("num_running", "num_waiting", "blocks_held", "blocks_cached", "blocks_free")
+_GAUGES = (
+    "num_running",
+    "num_waiting",
+    "blocks_held",
+    "blocks_cached",
+    "blocks_free",
+    "host_blocks_held",
+)
 
 
 class SimResult(Struct, frozen=True, kw_only=True, eq=False):
@@ -91,9 +97,7 @@ def simulate(
     config = config or EngineConfig()
     if config.cache.num_blocks is None:
         blocks = model.num_blocks(config.cache.block_size)
-        cache = msgspec.structs.replace(
-            config.cache, num_blocks=blocks, kv_cache_memory_bytes=None
-        )
+        cache = msgspec.structs.replace(config.cache, num_blocks=blocks, kv_cache_memory_bytes=None)
         config = msgspec.structs.replace(config, cache=cache)
     engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(replicas)]
     if prepare is not None:
@@ -116,7 +120,6 @@ def _gather(
     summary = _summary(cluster, recorders, latency, slo)
     summary |= _pool(cluster, occupancy, config)
     summary |= tenants.fairness()
-    summary["reclaimed_blocks"] = tenants.reclaimed_blocks
     summary["skipped_rows"] = dict(workload.skipped)
     summary["synthetic_scores"] = _scores_are_made_up(cluster)
     return SimResult(

@@ -10,6 +10,7 @@ import numpy as np
 
 from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
 from pagedkv.core.engine import Engine
+from pagedkv.core.leap import leap, quiet_steps
 from pagedkv.core.plan import StepOutput
 from pagedkv.core.request import Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
@@ -36,6 +37,7 @@ class Replica:
         cost: What a step takes.
         leap: Take quiet steps as one. Nothing but the time it takes to simulate depends on it.
         watch: Keep the phases of requests for a trace viewer.
+        executor: Carries plans out instead of the cost model: a `Recording`, for example.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Replica:
         slo: Objective | None = None,
         leap: bool = True,
         watch: bool = False,
+        executor: CostExecutor | None = None,
     ) -> None:
         config = with_fields(config, vocab_size=LARGEST_INT32, eos_token_ids=())
         self.scheduler = Scheduler(config)
-        self.executor = CostExecutor(cost, config.cache.block_size)
+        self.executor = executor or CostExecutor(cost, config.cache.block_size)
         self.clock = 0.0
         self.num_leaps = 0
         self._leaps = leap
@@ -90,8 +93,9 @@ class Replica:
         except NeverFits:
             self.refused["larger than the pool"] += 1
             return False
-        except InvalidRequest:
-            self.refused["longer than the model takes"] += 1
+        except InvalidRequest as fault:
+            long = "prompt_token_ids" in fault.where
+            self.refused["longer than the model takes" if long else "not accepted"] += 1
             return False
         self._requests[name] = request
         self.recorder.add(seq_ids[0], request, name)
@@ -125,19 +129,19 @@ class Replica:
     def _leap(self, until: float) -> bool:
         """Take as many steps at once as surely are quiet before ``until``; False for none."""
         scheduler = self.scheduler
-        steps = scheduler.quiet_steps(_LONGEST_LEAP)
+        steps = quiet_steps(scheduler, _LONGEST_LEAP)
         if steps < _FEW:
             return False
         table, pool = scheduler.table, scheduler.manager.pool
         resident = table.num_resident[:, table.running].astype(np.int64)
-        seconds = self.executor.decode_seconds(resident, steps)
+        seconds = self.executor.decode_seconds(resident, steps, scheduler.totals.num_steps)
         ends = np.cumsum(np.concatenate([[self.clock], seconds]))[1:]
         steps = min(steps, int(np.searchsorted(ends, until)) + 1)
         if steps < _FEW:
             return False
         blank = pool.num_available - pool.num_cached
         before = Before(resident, pool.num_held, pool.num_cached, blank)
-        if not scheduler.leap(self.executor.decode_tokens(table, steps)):
+        if not leap(scheduler, self.executor.decode_tokens(table, steps)):
             return False
         self.executor.clock = self.clock = float(ends[steps - 1])
         self.recorder.leap(before, ends[:steps], seconds[:steps])
@@ -184,6 +188,8 @@ class Cluster:
                 where="routing",
                 remedy=f"give one of {', '.join(ROUTES)}",
             )
+        if not replicas:
+            raise ConfigError("there is no replica", where="replicas", remedy="give 1 or more")
         if max_concurrency is not None and max_concurrency < 1:
             raise ConfigError(
                 f"max_concurrency is {max_concurrency}",

@@ -116,7 +116,8 @@ class Distribution:
         """Return the distinct values in order, bins by their middles, and how often each came."""
         if self._bins is not None:
             at = np.flatnonzero(self._bins)
-            return _SMALLEST * _GROWTH ** (at + 0.5), self._bins[at]
+            middles: Float64 = (_SMALLEST * _GROWTH ** (at + 0.5)).astype(np.float64)
+            return middles, self._bins[at]
         values = np.concatenate([v for v, _ in self._exact] or [np.zeros(0)])
         often = np.concatenate([n for _, n in self._exact] or [np.zeros(0, np.int64)])
         order = np.argsort(values, kind="stable")

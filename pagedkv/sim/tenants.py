@@ -52,7 +52,6 @@ class Tenants:
         self._lost: list[Int32] = []
         self._taken: Int64 = np.zeros((0, 0), np.int64)  # [by, from]
         manager.on_reclaim = self._lost.append
-        self.reclaimed_blocks = 0
 
     def enter(self, row: int, tenant: str) -> None:
         """A sequence of a tenant begins to run in a row."""
@@ -63,21 +62,33 @@ class Tenants:
             taken = np.zeros((count, count), np.int64)
             taken[:-1, :-1] = self._taken
             self._taken = taken
+            if count == 2:  # until now there was nobody else to keep apart
+                self._owner[:] = 0
         self._of_row[row] = self._number[tenant]
 
-    def step(self, rows: Int32, seconds: float) -> None:
-        """Count what rows hold while a step, or a leap, runs; call it before ends free theirs."""
+    def step(self, rows: Int32, seconds: Float64, resident: Int64 | None = None) -> None:
+        """Count what rows hold while a step, or a leap, runs; call it before ends free theirs.
+
+        Args:
+            seconds: [K] How long each of the steps took.
+            resident: [G, B] Tokens resident before a leap.
+        """
         lost, self._lost[:] = list(self._lost), []
-        self.reclaimed_blocks += sum(map(len, lost))
         if len(self._number) < 2:
             return
         table = self._manager.table
         mine = self._of_row[rows]
         held = table.num_blocks[:, rows]
-        by_tenant = np.bincount(mine, held.sum(axis=0), len(self._number))
-        for account, blocks in zip(self._accounts.values(), by_tenant.tolist(), strict=True):
-            account.block_seconds += blocks * seconds
-            account.most_blocks = max(account.most_blocks, int(blocks))
+        most = np.bincount(mine, held.sum(axis=0), len(self._number)).tolist()
+        spent = most
+        if resident is not None:  # blocks were taken on the way
+            step = np.arange(1, len(seconds) + 1)[:, None, None]
+            blocks_then = -(-(resident + step) // table.block_size)
+            weighed = np.tensordot(seconds, blocks_then.sum(axis=1), 1)
+            spent = np.bincount(mine, weighed, len(self._number)).tolist()
+        for account, peak, area in zip(self._accounts.values(), most, spent, strict=True):
+            account.block_seconds += area * (float(seconds[0]) if resident is None else 1.0)
+            account.most_blocks = max(account.most_blocks, int(peak))
         width = int(held.max(initial=0))
         used = np.arange(width) < held[:, :, None]
         blocks = table.block_table[:, rows, :width][used]
@@ -111,7 +122,6 @@ class Tenants:
                 self.enter(0, name)
         at = np.array([self._number[name] for name in other._accounts], np.int64)
         self._taken[np.ix_(at, at)] += other._taken
-        self.reclaimed_blocks += other.reclaimed_blocks
         for name, theirs in other._accounts.items():
             mine = self._accounts[name]
             for field, value in vars(theirs).items():

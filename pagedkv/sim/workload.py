@@ -101,8 +101,6 @@ class Workload:
 
     def _derived(self, source: Callable[[], Iterable[SimRequest]]) -> "Workload":
         # Iterating the derived one iterates this one, which counts what it skips: one counter.
-        made = Workload(
-            self.name, source, block_size=self.block_size, closed_loop=self.closed_loop
-        )
+        made = Workload(self.name, source, block_size=self.block_size, closed_loop=self.closed_loop)
         made.skipped = self.skipped
         return made
