@@ -24,9 +24,6 @@ class BlockManager:
 
     Methods come in pairs: a question that changes nothing (`missing_blocks`, `shortfall`) and the
     command it guards (`admit`, `grow`). A command whose question was answered well cannot fail.
-
-    Attributes:
-        on_reclaim: Is told which cached blocks were just given to somebody else.
     """
 
     def __init__(self, config: CacheConfig, max_num_seqs: int, num_groups: int = 1) -> None:
@@ -42,6 +39,7 @@ class BlockManager:
         self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
         self.index = PrefixIndex(num_blocks, num_groups)
         self._moves: list[Int64] = []
+        # Is told which cached blocks were just given to somebody else.
         self.on_reclaim: Callable[[Int32], object] | None = None
         self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
 
@@ -174,10 +172,9 @@ class BlockManager:
         """
         ids = self.pool.allocate(count)
         findable = ids[self.index.findable(ids)]
-        if len(findable):
-            self._unpublish(findable)
-            if self.on_reclaim is not None:
-                self.on_reclaim(findable)
+        self._unpublish(findable)
+        if self.on_reclaim is not None and len(findable):
+            self.on_reclaim(findable)
         return ids
 
     def _unpublish(self, findable: Int32) -> None:
