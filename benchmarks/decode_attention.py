@@ -7,6 +7,7 @@ Every contender runs in turn within one round and the best of all rounds counts,
 disturbs them alike: read the ratios, not the milliseconds. The contenders:
 
 - kernel, kernel+lse: pagedkv's CPU operator on shuffled blocks, without and with per-block lse;
+- int8+lse: the same with keys and values in 8 bits; its GB/s are of the bytes it reads;
 - torch dense: scaled_dot_product_attention on a contiguous cache, each KV head's group of query
   heads folded into the query length (torch's fastest form; nothing is paged);
 - torch gqa: the same call on queries as a model brings them, with enable_gqa=True;
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 from pagedkv.device.operators import CpuPagedOp, PagedBias, paged_attention
+from pagedkv.device.quantize import quantize, row_words
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,6 +82,8 @@ def prepare(args: argparse.Namespace) -> Setup:
 def contenders(s: Setup) -> dict[str, Callable[[], object]]:
     """Name -> what to time."""
     with_lse, without = (s.bias(want_block_lse=want) for want in (True, False))
+    packed = [quantize(x) for x in (s.key, s.value)]
+    exact = s.query.float()
     folded = s.folded_query()
     plain = s.query.unsqueeze(2)  # [batch, query heads, 1, dim], as a model brings it
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -96,6 +100,7 @@ def contenders(s: Setup) -> dict[str, Callable[[], object]]:
     return {
         "kernel": lambda: paged_attention(s.query, s.key, s.value, without, op=CpuPagedOp),
         "kernel+lse": lambda: paged_attention(s.query, s.key, s.value, with_lse, op=CpuPagedOp),
+        "int8+lse": lambda: paged_attention(exact, *packed, with_lse, op=CpuPagedOp),
         "torch dense": lambda: attention(folded, s.dense_key, s.dense_value),
         "torch gqa": lambda: attention(plain, s.dense_key, s.dense_value, enable_gqa=True),
         "plain read": lambda: (total(s.key), total(s.value)),
@@ -170,9 +175,13 @@ def main() -> None:
     print(f"block {args.block_size}, {args.dtype}, {read * 1e3:.0f} MB, seed {args.seed}")
     print(json.dumps(machine()))
     print(f"{'':14}{'ms':>9}{'GB/s':>8}{'vs torch dense':>16}{'of plain read':>15}")
+    less = args.dim * setup.key.element_size() / (4 * row_words(args.dim))
     for name, seconds in times.items():
-        speed, bandwidth = times["torch dense"] / seconds, times["plain read"] / seconds
-        print(f"{name:14}{seconds * 1e3:9.2f}{read / seconds:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
+        rate = read / seconds / (less if name.startswith("int8") else 1)
+        speed, bandwidth = times["torch dense"] / seconds, rate * times["plain read"] / read
+        print(f"{name:14}{seconds * 1e3:9.2f}{rate:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
+    faster = times["kernel+lse"] / times["int8+lse"]
+    print(f"8 bits: {less:.2f}x less memory, {faster:.2f}x as fast as {args.dtype}")
     if args.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         record = {"schema_version": 1, "config": settings, "seed": args.seed, "seconds": times}

@@ -118,6 +118,8 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
         kv_cache_memory_bytes: The pool's size in bytes, where a model says how large a block is.
             If neither is given, `pagedkv.LLM` takes 1 GiB at most and a bare scheduler 1,024
             blocks.
+        kv_cache_dtype: What keys and values are stored as: as the model computes (``auto``),
+            ``float16``, ``bfloat16``, or ``int8`` with a scale for each token and head.
         granularity: What decides on eviction together and shares a block table: a whole
             ``sequence``, each ``layer``, or each KV ``head`` of each layer.
         eviction: The policy of requests that bring none: a preset or an expression.
@@ -134,6 +136,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     num_blocks: Count | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8"] = "auto"
     granularity: Literal["sequence", "layer", "head"] = "sequence"
     eviction: str = "full"
     reclaim: Literal["lru", "fifo", "lfu", "slru", "priority"] = "lru"

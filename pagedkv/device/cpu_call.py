@@ -13,7 +13,12 @@ from .cpu_work import Shape, Work, cut
 
 __all__ = ["run"]
 
-_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_KINDS = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int32: "int8",  # packed
+}
 _LOG2_E = 1.0 / math.log(2.0)
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -31,7 +36,8 @@ def run(
     Args:
         batch: The bias as `operators._Batch`.
         prepared: Where the cut of this batch is remembered for the step's further layers.
-        inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] (H of stride 0 if shared).
+        inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] (H of stride 0 if shared),
+            or rows of int32 words as `quantize` packs them.
         outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
         scale: Of the scores.
     """
@@ -77,7 +83,7 @@ def run(
         int(batch.causal),
     )
     params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
-    launch(_KINDS[query.dtype], params, threads)
+    launch(_KINDS[key.dtype], params, threads)
 
 
 def _head_offsets(x: torch.Tensor, step: int) -> npt.NDArray[np.int64]:

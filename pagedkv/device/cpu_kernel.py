@@ -82,8 +82,8 @@ from .simd import (
 
 __all__ = ["KINDS", "launch", "warmup"]
 
-# Storage of queries, keys and values -> the dummy scalar whose type tells `simd` how to read it.
-KINDS = ("float32", "float16", "bfloat16")
+# How keys and values are stored; queries likewise, but in fp32 beside int8.
+KINDS = ("float32", "float16", "bfloat16", "int8")
 
 
 # ---- finishing an item --------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _finish(params: Address, item: Address, acc: Address, tops: Address, masses:
 
 
 @kernel
-def _work(sample: Sample, params: Address) -> None:
+def _work(asked: Sample, sample: Sample, params: Address) -> None:
     """What each thread does: take items until none is left."""
     thread = atomic_add(params + 8 * THREAD, 1)
     scratch = get(params, SCRATCH) + thread * get(params, SCRATCH_BYTES)
@@ -173,9 +173,9 @@ def _work(sample: Sample, params: Address) -> None:
         if get(params, BLOCK_LSE) != 0:
             clear_block_lse(params, item)
         if get(item, WIDE) != 0:
-            acc, tops, masses = run_wide(sample, params, item, scratch)
+            acc, tops, masses = run_wide(asked, sample, params, item, scratch)
         else:
-            acc, tops, masses = run_narrow(sample, params, item, scratch)
+            acc, tops, masses = run_narrow(asked, sample, params, item, scratch)
         _finish(params, item, acc, tops, masses)
         i = atomic_add(params + 8 * NEXT, 1)
 
@@ -202,12 +202,14 @@ def _worker(kind: str) -> Any:
             where="device.cpu_kernel",
             remedy="use float32 or bfloat16",
         )
+    # Dummy scalars whose types tell `simd` how to read what is stored.
     samples = {"float32": np.float32(0), "float16": np.uint16(0), "bfloat16": np.int16(0)}
-    sample, digest = samples[kind], _source_digest()
+    sample, digest = samples.get(kind, np.int8(0)), _source_digest()
+    asked = samples.get(kind, np.float32(0))
 
     def worker(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _work(sample, params)
+        _work(asked, sample, params)
 
     try:
         return cfunc(types.void(types.int64), cache=True, error_model="numpy")(worker)
@@ -256,7 +258,7 @@ def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
     """Run the call that `params` describes and wait for it.
 
     Args:
-        kind: How queries, keys and values are stored, one of `KINDS`.
+        kind: How keys and values are stored, one of `KINDS`.
         params: int64[NUM_PARAMS], the fields of `cpu_layout`; NEXT and THREAD are changed.
         threads: How many threads may work, the calling one included.
 

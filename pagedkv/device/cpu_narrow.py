@@ -52,6 +52,7 @@ from .simd import (
     highest,
     kernel,
     lane0,
+    lead,
     load,
     load_n,
     maximum,
@@ -59,6 +60,7 @@ from .simd import (
     prefetch,
     put,
     put_totals4,
+    row_scale,
     scalar,
     splat,
     store,
@@ -86,7 +88,10 @@ def _dots(
     sample: Sample, rows: tuple[Address, ...], query: Address, dim: int, scores: Address
 ) -> None:
     """Write query . key for the four keys at `rows`."""
-    a, b, c, d = rows
+    skip = lead(sample)
+    scale_a, scale_b = splat(row_scale(sample, rows[0])), splat(row_scale(sample, rows[1]))
+    scale_c, scale_d = splat(row_scale(sample, rows[2])), splat(row_scale(sample, rows[3]))
+    a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     whole = dim // LANES * LANES
     step = width(sample)
     w = splat(np.float32(0))
@@ -103,6 +108,7 @@ def _dots(
         x = fma(q, load_n(sample, b + whole * step, dim - whole), x)
         y = fma(q, load_n(sample, c + whole * step, dim - whole), y)
         z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
+    w, x, y, z = mul(w, scale_a), mul(x, scale_b), mul(y, scale_c), mul(z, scale_d)
     put_totals4(scores, w, x, y, z)
 
 
@@ -123,6 +129,7 @@ def _narrow_scores(
     group = get(params, GROUP)
     key = get(params, KEY)
     offsets = get(params, KEY_OFFSET)
+    size = lead(sample) + dim * width(sample)
     for j in range(low // 4 * 4, high, 4):
         a, b = key + get(key_at, j), key + get(key_at, j + 1)
         c, d = key + get(key_at, j + 2), key + get(key_at, j + 3)
@@ -133,7 +140,7 @@ def _narrow_scores(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            _ask((e + offset, f + offset, g + offset, h + offset), dim * width(sample))
+            _ask((e + offset, f + offset, g + offset, h + offset), size)
             for _ in range(group):
                 _dots(sample, rows, q, dim, to)
                 q += dims
@@ -146,10 +153,12 @@ def _add_rows(
 ) -> None:
     """acc += weights[0:4] . the four value rows."""
     f32 = np.float32(0)
-    a, b, c, d = rows
-    step = width(sample)
-    p, q = splat(scalar(f32, weights)), splat(scalar(f32, weights + 4))
-    r, s = splat(scalar(f32, weights + 8)), splat(scalar(f32, weights + 12))
+    step, skip = width(sample), lead(sample)
+    p = splat(scalar(f32, weights) * row_scale(sample, rows[0]))
+    q = splat(scalar(f32, weights + 4) * row_scale(sample, rows[1]))
+    r = splat(scalar(f32, weights + 8) * row_scale(sample, rows[2]))
+    s = splat(scalar(f32, weights + 12) * row_scale(sample, rows[3]))
+    a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     i = 0
     while i + LANES <= dim:
         at = i * step
@@ -183,6 +192,7 @@ def _narrow_values(
     group = get(params, GROUP)
     value = get(params, VALUE)
     offsets = get(params, VALUE_OFFSET)
+    size = lead(sample) + dim * width(sample)
     for j in range(low // 4 * 4, high, 4):
         a, b = value + get(value_at, j), value + get(value_at, j + 1)
         c, d = value + get(value_at, j + 2), value + get(value_at, j + 3)
@@ -193,7 +203,7 @@ def _narrow_values(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            _ask((e + offset, f + offset, g + offset, h + offset), dim * width(sample))
+            _ask((e + offset, f + offset, g + offset, h + offset), size)
             for _ in range(group):
                 _add_rows(sample, rows, at, dim, to)
                 at += 4 * TILE
@@ -243,7 +253,7 @@ def _narrow_softmax(
 
 @kernel
 def _load_queries(
-    sample: Sample, params: Address, item: Address, query: Address, dims: Address
+    asked: Sample, params: Address, item: Address, query: Address, dims: Address
 ) -> None:
     """Scaled fp32 query rows, ordered (query, KV head, head in group)."""
     dim = get(params, HEAD_DIM)
@@ -256,7 +266,7 @@ def _load_queries(
             for g in range(group):
                 at = token + get(get(params, QUERY_OFFSET), head * group + g)
                 for d in range(dim):
-                    put(row + 4 * d, scalar(sample, at + d * width(sample)) * scale)
+                    put(row + 4 * d, scalar(asked, at + d * width(asked)) * scale)
                 for d in range(dim, dims):
                     put(row + 4 * d, np.float32(0))
                 row += 4 * dims
@@ -305,7 +315,7 @@ def _narrow_tile(
 
 @kernel
 def run_narrow(
-    sample: Sample, params: Address, item: Address, scratch: Address
+    asked: Sample, sample: Sample, params: Address, item: Address, scratch: Address
 ) -> tuple[Address, Address, Address]:
     """Run an item; returns the addresses of its accumulator rows, maxima and sums."""
     dims = pad(get(params, HEAD_DIM), LANES)
@@ -320,7 +330,7 @@ def run_narrow(
     sums = weights + 4 * TILE * each
     key_at = sums + 4 * TILE * 4
     value_at = key_at + 16 * TILE
-    _load_queries(sample, params, item, query, dims)
+    _load_queries(asked, params, item, query, dims)
     for j in range(0, dims * rows, LANES):
         store(acc + 4 * j, splat(np.float32(0)))
     for row in range(rows):

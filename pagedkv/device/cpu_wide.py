@@ -46,11 +46,13 @@ from .simd import (
     fma,
     get,
     kernel,
+    lead,
     load,
     load_n,
     maximum,
     mul,
     put,
+    row_scale,
     scalar,
     select_less,
     splat,
@@ -62,7 +64,7 @@ from .simd import (
 
 @kernel
 def _load_rows(
-    sample: Sample,
+    asked: Sample,
     params: Address,
     item: Address,
     rows: int,
@@ -94,7 +96,7 @@ def _load_rows(
         at = get(params, QUERY) + (get(item, FIRST_QUERY) + i) * get(params, QUERY_STRIDE)
         at += get(get(params, QUERY_OFFSET), head * group + row % group)
         for d in range(dim):
-            x = scalar(sample, at + d * width(sample)) * scale if row < count else np.float32(0)
+            x = scalar(asked, at + d * width(asked)) * scale if row < count else np.float32(0)
             put(query + 4 * (d * rows + row), np.float32(x))
 
 
@@ -110,13 +112,14 @@ def _widen(
     """Copy `count` rows to fp32 rows of padded length; zero rows up to the next four."""
     dims = pad(dim, LANES)
     for j in range(count):
-        at = source + get(places, j)
+        scale = splat(row_scale(sample, source + get(places, j)))
+        at = source + get(places, j) + lead(sample)
         to = target + 4 * dims * j
         for i in range(0, dim, LANES):
             if i + LANES <= dim:
-                store(to + 4 * i, load(sample, at + i * width(sample)))
+                store(to + 4 * i, mul(load(sample, at + i * width(sample)), scale))
             else:
-                store(to + 4 * i, load_n(sample, at + i * width(sample), dim - i))
+                store(to + 4 * i, mul(load_n(sample, at + i * width(sample), dim - i), scale))
     for i in range(count * dims, pad(count, 4) * dims, LANES):
         store(target + 4 * i, splat(np.float32(0)))
 
@@ -301,7 +304,7 @@ def _gather_rows(acc: Address, rows: int, dim: int, count: int, target: Address)
 
 @kernel
 def run_wide(
-    sample: Sample, params: Address, item: Address, scratch: Address
+    asked: Sample, sample: Sample, params: Address, item: Address, scratch: Address
 ) -> tuple[Address, Address, Address]:
     """Run an item; returns the addresses of its accumulator rows, maxima and sums."""
     dim = get(params, HEAD_DIM)
@@ -318,7 +321,7 @@ def run_wide(
     lines = scores + 4 * (2 * TILE + 1) * ROWS
     key_at = lines + 8 * rows
     value_at = key_at + 8 * TILE
-    _load_rows(sample, params, item, rows, query, state, see)
+    _load_rows(asked, params, item, rows, query, state, see)
     if get(params, BLOCK_LSE) != 0:
         _load_lines(params, item, rows, lines)
     for j in range(0, deep * rows, LANES):

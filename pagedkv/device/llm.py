@@ -20,7 +20,7 @@ from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
-from pagedkv.device.store import KVStore, bytes_per_block, check_memory
+from pagedkv.device.store import KVStore, bytes_per_block, check_memory, storage_dtype
 from pagedkv.errors import ConfigError, InvalidRequest
 from pagedkv.eviction import Policy
 
@@ -65,14 +65,15 @@ class LLM:
         length = fields.get("max_model_len") or min(
             asked.model.max_model_len, geometry.max_model_len
         )
-        self.config = _fitted(asked, geometry, length, getattr(torch, dtype))
+        stored = storage_dtype(asked.cache.kv_cache_dtype, geometry.head_dim, getattr(torch, dtype))
+        self.config = _fitted(asked, geometry, length, stored)
         self.scheduler = Scheduler(self.config)
         self.store = KVStore(
             geometry,
             self.scheduler.manager.pool.num_blocks,
             self.config.cache.block_size,
             layout=self.scheduler.layout,
-            dtype=getattr(torch, dtype),
+            dtype=stored,
             num_cpu_blocks=self.config.cache.num_cpu_blocks,
             poison=audit_enabled(),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from pagedkv.core.arrays import Float32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
+from pagedkv.device.quantize import dequantize
 
 __all__ = ["LayerView", "Observer"]
 
@@ -241,14 +242,14 @@ def _mass(layer: LayerView, tokens: Tensor) -> Tensor:
 
 def _key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
     """Mean over a block's tokens of |k|: [E, heads]."""
-    norms: Tensor = layer.keys[table[entries]].float().norm(dim=-1)
+    norms: Tensor = dequantize(layer.keys[table[entries]]).norm(dim=-1)
     return norms.mean(dim=1)
 
 
 def _value_key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
     """Mean over a block's tokens of |v| / |k|: [E, heads]."""
-    keys: Tensor = layer.keys[table[entries]].float().norm(dim=-1)
-    values: Tensor = layer.values[table[entries]].float().norm(dim=-1)
+    keys: Tensor = dequantize(layer.keys[table[entries]]).norm(dim=-1)
+    values: Tensor = dequantize(layer.values[table[entries]]).norm(dim=-1)
     return (values / keys.clamp_min(1e-12)).mean(dim=1)
 
 
@@ -258,7 +259,7 @@ def _key_diff(layer: LayerView, member: int, table: Tensor, entries: Tensor) -> 
     Keys that were written before and after an eviction were rotated from different origins, so
     they are compared where they stand now.
     """
-    known = layer.keys[table[: int(entries[-1]) + 1]].float()
+    known = dequantize(layer.keys[table[: int(entries[-1]) + 1]])
     unit = torch.nn.functional.normalize(layer.standing(member, known), dim=-1)
     mean = torch.nn.functional.normalize(unit.sum(dim=1).cumsum(dim=0), dim=-1)
     return (unit[entries] * mean[entries].unsqueeze(1)).sum(dim=-1).mean(dim=1)

@@ -252,6 +252,8 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         reasons = [r for r in reasons if not r.startswith("bf16 is only supported on")]
         if reasons:
             return reasons
+        if d.key.dtype == torch.int32 and d.query.dtype != torch.float32:
+            reasons.append(f"keys in 8 bits want float32 queries, not {d.query.dtype}")
         if any(x.requires_grad for x in (d.query, d.key, d.value)) and torch.is_grad_enabled():
             reasons.append("there is no backward pass: run under torch.no_grad()")
         for name in ("query", "key", "value"):
@@ -349,7 +351,7 @@ def paged_attention(
     Args:
         query: [T, Hq, D], the step's packed queries.
         key_cache: [num_blocks, block_size, Hkv, D], contiguous; query head h reads KV head
-            h // (Hq / Hkv).
+            h // (Hq / Hkv). In another float type than the query, or packed by `quantize`.
         value_cache: Like `key_cache`.
         bias: The step's; its `block_lse` and `lse` are overwritten.
         scale: Of the scores; D ** -0.5 if None.
@@ -362,16 +364,20 @@ def paged_attention(
         ValueError: xformers' own, saying which input the operator does not take and why.
     """
     tokens, heads, dim = query.shape
-    blocks, size, kv_heads, _ = key_cache.shape
+    blocks, size, kv_heads, row = key_cache.shape
     group = heads // kv_heads
-    whole = (1, blocks * size, kv_heads, 1, dim)
-    wide = (1, blocks * size, kv_heads, group, dim)
+    whole = (1, blocks * size, kv_heads, 1, row)
+    wide = (1, blocks * size, kv_heads, group, row)
+    # The kernel takes query and keys alike, or fp32 beside packed 8 bits; it computes in fp32.
+    packed = key_cache.dtype == torch.int32
+    asked = query.to(torch.float32 if packed else key_cache.dtype)
     out: torch.Tensor = _ops.memory_efficient_attention_forward(
-        query.reshape(1, tokens, kv_heads, group, dim),
+        asked.reshape(1, tokens, kv_heads, group, dim),
         key_cache.view(whole).expand(wide),
         value_cache.view(whole).expand(wide),
         attn_bias=bias,
         scale=scale,
         op=op,
+        output_dtype=query.dtype,
     )
     return out.view(tokens, heads, dim)

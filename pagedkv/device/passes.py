@@ -12,6 +12,7 @@ from pagedkv.core.plan import Observation, Observed, StepPlan
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.observer import LayerView, Observer
 from pagedkv.device.operators import PagedBias, paged_attention
+from pagedkv.device.quantize import dequantize
 from pagedkv.device.turned import TurnedBias
 from pagedkv.device.turns import Turns
 
@@ -216,7 +217,7 @@ class Pass:
 
         def errors(tokens: Tensor) -> Tensor:
             _, _, values, out = tensors
-            plan, (heads, dim) = self._plan, values.shape[2:]
+            plan, heads, dim = self._plan, values.shape[2], out.shape[2]
             tables = plan.block_table[self._layout.group_of[layer] + table]
             member = np.searchsorted(plan.query_start, tokens.numpy(), side="right") - 1
             asking, begin, counts = np.unique(member, return_index=True, return_counts=True)
@@ -225,7 +226,7 @@ class Pass:
                 these = counts == count
                 at = torch.from_numpy(begin[these][:, None] + np.arange(count))
                 mine = torch.from_numpy(tables[asking[these]].astype(np.int64))
-                alone = values[mine, 0].float().transpose(1, 2)
+                alone = dequantize(values[mine, 0]).transpose(1, 2)
                 asked = out[tokens[at]].float().reshape(*at.shape, heads, -1, dim).transpose(1, 2)
                 apart = torch.cdist(
                     asked.reshape(*asked.shape[:2], -1, dim),

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .quantize import dequantize
+
 __all__ = ["CONTIGUOUS", "Batch", "run"]
 
 CONTIGUOUS = 1 << 40  # the block size of keys that lie in one piece
@@ -84,7 +86,7 @@ def run(
     Args:
         batch: The bias.
         prepared: Not used; `cpu_call.run` takes the same arguments.
-        inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D].
+        inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] or packed in 8 bits.
         outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
         scale: Of the scores.
     """
@@ -93,10 +95,10 @@ def run(
     for b in range(len(batch.resident)):
         rows = slice(*batch.query_start[b : b + 2].tolist())
         slots = batch.slots(b)
-        scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), k[0, slots].float())
+        scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), dequantize(k[0, slots]))
         scores = (scores * scale).masked_fill(~_seen(batch, b), -math.inf)
         weights = torch.nan_to_num(scores.softmax(-1))  # a query that sees nothing: 0, not NaN
-        out[0, rows] = torch.einsum("ghqk,kghd->qghd", weights, v[0, slots].float())
+        out[0, rows] = torch.einsum("ghqk,kghd->qghd", weights, dequantize(v[0, slots]))
         flat = scores.flatten(0, 1)  # [Hq, queries, keys]
         lse[:, rows] = flat.logsumexp(-1)
         if block_lse is not None:

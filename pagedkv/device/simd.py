@@ -5,7 +5,8 @@ loop of unknown length nor knows fp16 or bf16. These intrinsics write LLVM vecto
 LLVM splits a vector wider than the machine's registers, so they run on any processor.
 
 An address is a plain integer (bytes). `sample` is a dummy scalar whose *type* says what lies in
-memory: float32 as is, uint16 for fp16 bits, int16 for bf16 bits. All arithmetic is fp32.
+memory: float32 as is, uint16 for fp16 bits, int16 for bf16 bits, int8 for rows of bytes behind
+their fp32 scale (see `quantize.py`). All arithmetic is fp32.
 Importing this module registers one type with numba and compiles nothing.
 """
 
@@ -71,7 +72,12 @@ def _suffix(kind: Any) -> str:
     """How an intrinsic's name ends for a pointer to a vector of `kind`."""
     if not _TYPED_POINTERS:
         return "p0"
-    return f"p0v{LANES}{'f32' if kind.element is _F32 else 'i16'}"
+    return f"p0{_named(kind)}"
+
+
+def _named(kind: Any) -> str:
+    """How a vector type is called in intrinsics' names."""
+    return f"v{LANES}{'f32' if kind.element is _F32 else f'i{kind.element.width}'}"
 
 
 def _const(value: float) -> Any:
@@ -99,7 +105,7 @@ def _pointer(builder: Any, address: Any, element: Any) -> Any:
 
 
 def _element(sample: Any) -> Any:
-    return _F32 if sample == types.float32 else ir.IntType(16)
+    return _F32 if sample == types.float32 else ir.IntType(sample.bitwidth)
 
 
 def _widen(builder: Any, sample: Any, raw: Any, lanes: int) -> Any:
@@ -110,6 +116,8 @@ def _widen(builder: Any, sample: Any, raw: Any, lanes: int) -> Any:
 
     if sample == types.float32:
         return raw
+    if sample == types.int8:
+        return builder.sitofp(raw, shape(_F32))
     if sample == types.uint16:
         return builder.fpext(builder.bitcast(raw, shape(ir.HalfType())), shape(_F32))
     high = builder.zext(raw, shape(_I32))
@@ -138,7 +146,7 @@ def load(_typing: Any, sample: Any, address: Any) -> Any:
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         element = _element(sample)
         pointer = _pointer(builder, args[1], ir.VectorType(element, LANES))
-        raw = builder.load(pointer, align=4 if element is _F32 else 2)
+        raw = builder.load(pointer, align=sample.bitwidth // 8)
         return _widen(builder, sample, raw, LANES)
 
     return VECTOR(sample, types.int64), codegen
@@ -151,8 +159,9 @@ def load_n(_typing: Any, sample: Any, address: Any, count: Any) -> Any:
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         element = _element(sample)
         kind = ir.VectorType(element, LANES)
-        args_ = [_pointer(builder, args[1], kind), _I32(2), _first(builder, args[2])]
-        name = f"llvm.masked.load.v{LANES}{'f32' if element is _F32 else 'i16'}."
+        align = _I32(min(2, sample.bitwidth // 8))
+        args_ = [_pointer(builder, args[1], kind), align, _first(builder, args[2])]
+        name = f"llvm.masked.load.{_named(kind)}."
         raw = _call(builder, name + _suffix(kind), kind, [*args_, ir.Constant(kind, None)])
         return _widen(builder, sample, raw, LANES)
 
@@ -173,8 +182,27 @@ def scalar(_typing: Any, sample: Any, address: Any) -> Any:
 @_lowered
 def width(_typing: Any, sample: Any) -> Any:
     """Bytes that one stored value takes."""
-    size = 4 if sample == types.float32 else 2
+    size = sample.bitwidth // 8
     return types.int64(sample), lambda _context, _builder, _signature, _args: _I64(size)
+
+
+@_lowered
+def lead(_typing: Any, sample: Any) -> Any:
+    """Bytes of a stored row before its values: those of the scale, if it has one."""
+    size = 4 if sample == types.int8 else 0
+    return types.int64(sample), lambda _context, _builder, _signature, _args: _I64(size)
+
+
+@_lowered
+def row_scale(_typing: Any, sample: Any, address: Any) -> Any:
+    """What the values of the stored row at `address` are to be multiplied by."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if sample != types.int8:
+            return ir.Constant(_F32, 1.0)  # and the product is left out by the compiler
+        return builder.load(_pointer(builder, args[1], _F32))
+
+    return types.float32(sample, types.int64), codegen
 
 
 @_lowered

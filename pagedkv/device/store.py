@@ -7,9 +7,10 @@ from torch import Tensor
 
 from pagedkv.core.groups import GroupLayout
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.quantize import quantize, row_words
 from pagedkv.errors import ConfigError
 
-__all__ = ["KVStore", "bytes_per_block", "check_memory", "one_group"]
+__all__ = ["KVStore", "bytes_per_block", "check_memory", "one_group", "storage_dtype"]
 
 
 def bytes_per_block(
@@ -17,7 +18,30 @@ def bytes_per_block(
 ) -> int:
     """Return the bytes of one block: its group's layers and heads, keys and values together."""
     vectors = 2 * layout.slot_layers * layout.heads_per_group * block_size
-    return vectors * geometry.head_dim * dtype.itemsize
+    kind, words = _row(geometry.head_dim, dtype)
+    return vectors * words * kind.itemsize
+
+
+def storage_dtype(kv_cache_dtype: str, head_dim: int, dtype: torch.dtype) -> torch.dtype:
+    """Return what keys and values are stored as, for a model that computes in `dtype`.
+
+    Raises:
+        ConfigError: The head size cannot be packed into whole words of 8-bit numbers.
+    """
+    if kv_cache_dtype == "int8" and head_dim % 4:
+        raise ConfigError(
+            f"kv_cache_dtype is int8 and the model's head size is {head_dim}, no multiple of 4",
+            where="cache.kv_cache_dtype",
+            remedy="use float16 or bfloat16",
+        )
+    return dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
+
+
+def _row(head_dim: int, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """How a vector lies in memory: the type and number of its elements."""
+    if dtype == torch.int8:
+        return torch.int32, row_words(head_dim)
+    return dtype, head_dim
 
 
 def one_group(geometry: ModelGeometry) -> GroupLayout:
@@ -54,11 +78,13 @@ class KVStore:
     All groups take their blocks from the one pool, so a block id means the same slots for each.
 
     Attributes:
-        keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]
+        keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]; of int8, rows of
+            int32 words as `quantize` packs them.
         values: The same shape.
 
     Args:
         layout: The scheduler's groups; one for everything if omitted.
+        dtype: A float type, or int8.
         num_cpu_blocks: Blocks of host memory beside the pool; pinned where the pool is CUDA's.
         poison: Fill new blocks with NaN, so that reading a slot nobody wrote shows in the output.
     """
@@ -79,21 +105,23 @@ class KVStore:
         check_memory(
             (num_blocks + num_cpu_blocks) * bytes_per_block(geometry, layout, block_size, dtype)
         )
+        kind, words = _row(geometry.head_dim, dtype)
         shape = (
             layout.slot_layers,
             num_blocks,
             block_size,
             layout.heads_per_group,
-            geometry.head_dim,
+            words,
         )
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._quantized = dtype == torch.int8
+        self.keys = torch.empty(shape, dtype=kind, device=device)
+        self.values = torch.empty(shape, dtype=kind, device=device)
         host, pinned = (shape[0], num_cpu_blocks, *shape[2:]), device.startswith("cuda")
-        self._host_keys = torch.empty(host, dtype=dtype, pin_memory=pinned)
-        self._host_values = torch.empty(host, dtype=dtype, pin_memory=pinned)
+        self._host_keys = torch.empty(host, dtype=kind, pin_memory=pinned)
+        self._host_values = torch.empty(host, dtype=kind, pin_memory=pinned)
         if poison:
-            self.keys.fill_(torch.nan)
-            self.values.fill_(torch.nan)
+            for pool in (self.keys, self.values):
+                (pool.view(torch.float32) if self._quantized else pool).fill_(torch.nan)
         self._key_slots = self.keys.view(shape[0], num_blocks * block_size, -1)
         self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
 
@@ -116,8 +144,9 @@ class KVStore:
             key: [T, heads_per_group, head_dim]; any strides.
             value: The same shape.
         """
-        self._key_slots[slot_layer].index_copy_(0, slots, key.reshape(len(slots), -1))
-        self._value_slots[slot_layer].index_copy_(0, slots, value.reshape(len(slots), -1))
+        for pool, fresh in ((self._key_slots, key), (self._value_slots, value)):
+            rows = quantize(fresh) if self._quantized else fresh.to(pool.dtype)
+            pool[slot_layer].index_copy_(0, slots, rows.reshape(len(slots), -1))
 
     def move_slots(self, sources: Tensor, targets: Tensor) -> None:
         """Copy single slots in every layer, reading all sources before a target is written.

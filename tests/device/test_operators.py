@@ -20,6 +20,7 @@ from pagedkv.device.operators import (
     ReferenceOp,
     paged_attention,
 )
+from pagedkv.device.quantize import quantize
 from pagedkv.errors import UnsupportedBackend
 
 MIXED = ((1, 5), (1, 300), (17, 40), (64, 64), (3, 130), (1, 1), (70, 700))  # (queries, resident)
@@ -170,6 +171,26 @@ def test_head_sizes_and_groups(dim: int, heads: int, kv_heads: int) -> None:
 def test_narrow_storage(dtype: torch.dtype, tolerance: float, dim: int) -> None:
     agree(make(dtype=dtype, dim=dim), tolerance=tolerance)
     agree(make(dtype=dtype, dim=dim), tolerance=tolerance, window=50)
+
+
+@pytest.mark.parametrize("dim", [4, 20, 64, 128])
+def test_packed_in_8_bits(dim: int) -> None:
+    case = make(dim=dim)
+    case.key, case.value = quantize(case.key), quantize(case.value)
+    agree(case)
+    agree(case, window=50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_storage_under_exact_queries(dtype: torch.dtype) -> None:
+    """Only the rounding of the query tells it from the same numbers stored in fp32."""
+    narrow, exact = make(), make()
+    narrow.key, narrow.value = narrow.key.to(dtype), narrow.value.to(dtype)
+    exact.query = narrow.query.to(dtype).float()
+    exact.key, exact.value = narrow.key.float(), narrow.value.float()
+    out = narrow.run(CpuPagedOp, narrow.bias())
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, exact.run(CpuPagedOp, exact.bias()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, 17, 64, 299, 5000])
