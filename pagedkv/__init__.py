@@ -30,8 +30,12 @@ from pagedkv.errors import (
     OutOfBlocks,
     PagedKVError,
     PolicyError,
+    TraceError,
+    Unattainable,
     UnsupportedBackend,
 )
+from pagedkv.sim.result import SimResult, simulate
+from pagedkv.sim.workload import SimRequest, Workload
 
 if TYPE_CHECKING:
     from pagedkv.device.llm import LLM
@@ -66,11 +70,17 @@ __all__ = [
     "SchedulerConfig",
     "SchedulerStats",
     "ScoreOutput",
+    "SimRequest",
+    "SimResult",
     "StepOutput",
     "StepPlan",
     "StepResult",
+    "TraceError",
+    "Unattainable",
     "UnsupportedBackend",
+    "Workload",
     "load_config",
+    "simulate",
 ]
 
 _NEEDS_TORCH = {

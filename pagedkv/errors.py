@@ -8,6 +8,8 @@
      +-- OutOfBlocks         the pool cannot give the blocks that were asked for now
      +-- InvalidTransition   a call came in a state that does not allow it
      +-- CorruptTier         bytes that came back from another tier are not what was written
+     +-- TraceError          a workload trace holds what cannot be replayed
+     +-- Unattainable        a search has no answer within its bounds
      +-- UnsupportedBackend  no operator or executor can serve this model, dtype or device
      +-- ModelNotFound       the model's name, directory or file leads nowhere
           +-- CorruptModel   it leads somewhere, but what lies there is damaged or incomplete
@@ -27,6 +29,8 @@ __all__ = [
     "OutOfBlocks",
     "PagedKVError",
     "PolicyError",
+    "TraceError",
+    "Unattainable",
     "UnsupportedBackend",
 ]
 
@@ -81,6 +85,14 @@ class InvalidTransition(PagedKVError):
 
 class CorruptTier(PagedKVError):
     """Bytes that came back from another tier are not what was written there."""
+
+
+class TraceError(PagedKVError):
+    """A workload trace holds what cannot be replayed: named by file and line."""
+
+
+class Unattainable(PagedKVError):
+    """A search has no answer: the target is met nowhere, or everywhere, within its bounds."""
 
 
 class UnsupportedBackend(PagedKVError):

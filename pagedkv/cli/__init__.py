@@ -17,7 +17,7 @@ from pagedkv.errors import PagedKVError, PolicyError
 
 __all__ = ["main"]
 
-VERBS = ("demo", "generate", "bench", "eval", "models", "config", "env")
+VERBS = ("demo", "generate", "bench", "eval", "simulate", "trace", "models", "config", "env")
 
 # Which extra brings a package.
 _EXTRAS = {

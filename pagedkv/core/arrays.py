@@ -1,9 +1,11 @@
 """The array types of the control plane."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bool", "Float32", "Float64", "Int32", "Int64", "UInt64"]
+__all__ = ["Bool", "Float32", "Float64", "Int32", "Int64", "UInt64", "at_rows"]
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -11,3 +13,14 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 UInt64 = npt.NDArray[np.uint64]
+
+
+def at_rows(rows: Int32) -> Any:
+    """Return rows as a slice if they follow on, which reads columns without gathering them.
+
+    What is read through it may be a view: copy it before it leaves the step.
+    """
+    span = len(rows) - 1
+    if span >= 0 and rows[span] - rows[0] == span and (rows[1:] > rows[:-1]).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

@@ -1,15 +1,14 @@
 """Blocks for sequences: the only writer of pool, sequence table and prefix index."""
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable
 
 import numpy as np
 
 from pagedkv.config import CacheConfig
-from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
 from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.pool import BlockPool
-from pagedkv.core.prefix import PrefixIndex, extend_chain
+from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
 from pagedkv.core.request import Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import ConfigError
@@ -40,6 +39,8 @@ class BlockManager:
         self.table = SequenceTable(max_num_seqs, config.block_size, num_groups)
         self.index = PrefixIndex(num_blocks, num_groups)
         self._moves: list[Int64] = []
+        # Is told which cached blocks were just given to somebody else.
+        self.on_reclaim: Callable[[Int32], object] | None = None
         self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
 
     # Admission
@@ -92,6 +93,9 @@ class BlockManager:
 
     def shortfall(self, rows: Int32, counts: Int32) -> int:
         """Return how many blocks are lacking for `grow` with the same arguments; 0 is enough."""
+        most = int(counts.sum()) // self.block_size + 3 * len(rows)  # whatever their tails are
+        if most * self.num_groups <= self.pool.num_available:
+            return 0
         fresh, copied = self._needs(rows, counts)
         return max(0, int(fresh.sum() + copied.sum()) - self.pool.num_available)
 
@@ -119,10 +123,14 @@ class BlockManager:
 
     def _needs(self, rows: Int32, counts: Int32) -> tuple[Int32, Bool]:
         """Return the blocks to append and which tails to copy: both [groups, B]."""
-        held = self.table.num_blocks[:, rows]
-        resident = self.table.num_resident[:, rows]
+        at = at_rows(rows)
+        held = self.table.num_blocks[:, at]
+        resident = self.table.num_resident[:, at]
         fresh = -(-(resident + counts) // self.block_size) - held
         inside = resident % self.block_size > 0
+        # Only forks share a block that is not full: elsewhere there is nothing to look up.
+        if not self.table.forked[rows].any():
+            return fresh, np.zeros_like(inside)
         tails = self._tails(rows)
         shared = inside & (self.pool.ref_count[tails] > 1)
         if shared.any():
@@ -147,6 +155,8 @@ class BlockManager:
         return tails
 
     def _unshare(self, rows: Int32, copied: Bool, targets: Int32) -> Int32:
+        if not len(targets):
+            return np.empty((0, 2), np.int32)
         group, member = np.nonzero(copied)
         sources = self._tails(rows)[copied]
         at = rows[member]
@@ -161,7 +171,10 @@ class BlockManager:
             OutOfBlocks: Fewer are available; nothing changes.
         """
         ids = self.pool.allocate(count)
-        self._unpublish(ids[self.index.findable(ids)])
+        findable = ids[self.index.findable(ids)]
+        self._unpublish(findable)
+        if self.on_reclaim is not None and len(findable):
+            self.on_reclaim(findable)
         return ids
 
     def _unpublish(self, findable: Int32) -> None:
@@ -182,10 +195,40 @@ class BlockManager:
         self.table.num_resident[:, rows] += counts
         self.table.next_position[rows] += counts
         if self.enable_prefix_caching:
-            sealed = before // self.block_size != after // self.block_size
+            first, end = before // self.block_size, after // self.block_size
             # A block is publishable only if every token before it was resident when it was made.
-            for i in np.flatnonzero(sealed & (self.table.num_evicted[rows] == 0)).tolist():
-                self._publish(int(rows[i]), int(before[i]) // self.block_size)
+            sealed = (first != end) & (self.table.num_evicted[rows] == 0)
+            if sealed.any():
+                one = sealed & (end - first == 1) & (self._events is None)
+                self._publish_one(rows[one], first[one])
+                for i in np.flatnonzero(sealed & ~one).tolist():
+                    self._publish(int(rows[i]), int(first[i]))
+
+    def _publish_one(self, rows: Int32, first: Int32) -> None:
+        """Insert one full block of each row, its ``first``; what can be gathered is, at once."""
+        table, size = self.table, self.block_size
+        slots = first[:, None] * size + np.arange(size)
+        content = table.token_ids[rows[:, None], slots].tobytes()
+        stride = size * table.token_ids.itemsize
+        digests: list[bytes] = []
+        priorities: list[int] = []
+        for i, (row, block) in enumerate(zip(rows.tolist(), first.tolist(), strict=True)):
+            seq = table.sequences[row]
+            assert seq is not None
+            hashes = seq.hashes
+            if len(hashes) == block and block:
+                hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
+            elif len(hashes) <= block:
+                salt = seq.request.cache_salt
+                extend_chain(hashes, table.token_ids[row], block + 1, size, salt)
+            digests.append(hashes[block])
+            priorities.append(seq.request.priority)
+        # Blocks that left a sliding window without loss moved the later ones forward.
+        gone = (table.num_computed[rows] - table.num_resident[:, rows]) // size
+        groups = np.arange(self.num_groups)[:, None]
+        blocks = table.block_table[groups, rows, first - gone].T
+        fresh = self.index.insert_many(digests, blocks)
+        self.pool.cached.stored(blocks[fresh], np.array(priorities, np.int32)[fresh, None])
 
     def _publish(self, row: int, first: int) -> None:
         """Insert a row's full blocks from the ``first`` on."""
@@ -207,7 +250,7 @@ class BlockManager:
             stored = table.block_table[groups, row, at]
             self.pool.cached.stored(stored.ravel(), seq.request.priority)
         if self._events is not None:
-            for begin, end in _runs(fresh):
+            for begin, end in runs(fresh):
                 self._events.append(self._stored(row, seq.hashes, begin, end))
 
     def _stored(self, row: int, hashes: list[bytes], first: int, end: int) -> BlockStored:
@@ -221,6 +264,7 @@ class BlockManager:
 
     def fork(self, row: int, children: Int32) -> None:
         """Give rows without blocks the same blocks and progress as ``row``, shared."""
+        self.table.forked[row] = self.table.forked[children] = True
         self.table.copy_entries(row, children)
         for _ in children:
             self.pool.share(self.table.blocks_of(row))
@@ -354,10 +398,3 @@ class BlockManager:
         assert (self.table.num_resident <= held).all(), "tokens are resident outside any block"
         idle = (self.index.entry_of >= 0) & (self.pool.ref_count == 0)
         assert int(idle.sum()) == self.pool.num_cached, "cached and findable disagree"
-
-
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """Split ascending numbers where they do not follow on: (first, end) of each run."""
-    for _, pairs in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in pairs]
-        yield run[0], run[-1] + 1

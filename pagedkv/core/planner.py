@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.arrays import Int32, Int64, at_rows
 from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.retention import Retention
 from pagedkv.core.table import SequenceTable
@@ -38,8 +38,8 @@ def build_plan(
     index, within = np.divmod(table.num_resident[:, row] + offset, table.block_size)
     groups = np.arange(table.num_groups)[:, None]
     blocks = table.block_table[groups, row, index].astype(np.int64)
-    width = int(table.num_blocks[:, rows].max(initial=0))
-    used = np.arange(width) < table.num_blocks[:, rows, None]
+    at = at_rows(rows)
+    width = int(table.num_blocks[:, at].max(initial=0))
     done = table.num_computed[rows] + counts == table.num_known[rows]
     sample_rows, sample_index = _forked(rows[done], start[1:][done] - 1, siblings)
     return StepPlan(
@@ -54,7 +54,7 @@ def build_plan(
         token_ids=table.token_ids[row, table.num_computed[row] + offset],
         positions=table.next_position[row] + offset,
         slot_mapping=blocks * table.block_size + within,
-        block_table=np.where(used, table.block_table[:, rows, :width], 0),
+        block_table=table.block_table[:, at, :width].copy(),
         num_resident=table.num_resident[:, rows] + counts,
         turns=retention.turns(rows, width),
         observations=retention.observations(rows, counts, width),

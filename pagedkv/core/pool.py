@@ -29,6 +29,7 @@ class BlockPool:
         self.ref_count: Int32 = np.zeros(num_blocks, np.int32)
         self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_blank = num_blocks
+        self._mark: Int32 = np.zeros(num_blocks, np.int32)
         self.cached = CachedOrder(num_blocks, reclaim)
         self.num_reclaimed = 0
 
@@ -97,18 +98,40 @@ class BlockPool:
         Raises:
             InvalidTransition: A block has fewer references than ``ids`` drops; nothing changes.
         """
+        if self._distinct(ids):
+            self._release_distinct(ids, findable)
+            return
         held, drops = np.unique(ids, return_counts=True)
         if (self.ref_count[held] < drops).any():
             wrong = int(held[self.ref_count[held] < drops][0])
             raise InvalidTransition("freed more often than it is held", where=f"block {wrong}")
         np.subtract.at(self.ref_count, ids, 1)
         freed = np.flatnonzero(self.ref_count[ids] == 0)
-        if len(held) < len(ids):  # a block named twice is freed once, where it is named last
-            _, last = np.unique(ids[freed][::-1], return_index=True)
-            freed = freed[np.sort(len(freed) - 1 - last)]
+        # A block named twice is freed once, where it is named last.
+        _, last = np.unique(ids[freed][::-1], return_index=True)
+        freed = freed[np.sort(len(freed) - 1 - last)]
         keep = findable[freed]
         self._push_blank(ids[freed[~keep]])
         self.cached.push(ids[freed[keep]])
+
+    def _distinct(self, ids: Int32) -> bool:
+        """Return whether no block is named twice; cheaper than sorting."""
+        order = np.arange(len(ids), dtype=np.int32)
+        self._mark[ids] = order
+        return bool((self._mark[ids] == order).all())
+
+    def _release_distinct(self, ids: Int32, findable: Bool) -> None:
+        left = self.ref_count[ids] - 1
+        if left.min(initial=0) < 0:
+            wrong = int(ids[left < 0].min())
+            raise InvalidTransition("freed more often than it is held", where=f"block {wrong}")
+        self.ref_count[ids] = left
+        free = left == 0
+        if findable.any():
+            self._push_blank(ids[free & ~findable])
+            self.cached.push(ids[free & findable])
+        else:
+            self._push_blank(ids[free])
 
     def forget(self, ids: Int32) -> None:
         """Turn those of ``ids`` that are cached into blank ones; held ones are left alone."""

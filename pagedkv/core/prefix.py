@@ -5,14 +5,16 @@ the request's salt. Equal hash means equal prefix under equal salt: 128 bits of 
 chance worth counting, so tokens are not compared again.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from hashlib import blake2b
+from itertools import groupby
 
 import numpy as np
 
 from pagedkv.core.arrays import Bool, Int32
 
-__all__ = ["PrefixIndex", "extend_chain"]
+__all__ = ["PrefixIndex", "block_digest", "extend_chain", "runs"]
 
 DIGEST_BYTES = 16
 
@@ -39,10 +41,13 @@ def extend_chain(
     content = np.ascontiguousarray(token_ids[start : num_blocks * block_size]).tobytes()
     stride = block_size * token_ids.itemsize
     for begin in range(0, len(content), stride):
-        parent = blake2b(
-            parent + content[begin : begin + stride], digest_size=DIGEST_BYTES
-        ).digest()
+        parent = block_digest(parent, content[begin : begin + stride])
         hashes.append(parent)
+
+
+def block_digest(parent: bytes, content: bytes) -> bytes:
+    """Return the hash of a full block from its parent's and its own tokens, int32 in order."""
+    return blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
 
 
 class PrefixIndex:
@@ -66,6 +71,15 @@ class PrefixIndex:
     def findable(self, ids: Int32) -> Bool:
         """Return for each block id whether its content can be found."""
         return self.entry_of[ids] >= 0
+
+    def knows_any(self, hashes: Ids[bytes]) -> bool:
+        """Return whether any of the hashes can be found."""
+        return not self._entries.keys().isdisjoint(hashes)
+
+    def digest_of(self, block: int) -> bytes | None:
+        """Return the hash of what a block holds; None if it cannot be found."""
+        entry = int(self.entry_of[block])
+        return self._hashes[entry] if entry >= 0 else None
 
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
@@ -97,6 +111,27 @@ class PrefixIndex:
         self._blocks[entry] = block_ids
         self.entry_of[block_ids] = entry
         return True
+
+    def insert_many(self, digests: Ids[bytes], block_ids: Int32) -> list[int]:
+        """Make sealed blocks findable, as `insert` does one: [N] hashes, [N, num_groups] blocks.
+
+        Returns:
+            The indices of those that were new.
+        """
+        known = self._entries
+        while len(self._unused) < len(digests):
+            self._grow()
+        fresh: list[int] = []
+        entries: list[int] = []
+        for i, digest in enumerate(digests):
+            if digest not in known:
+                entry = known[digest] = self._unused.pop()
+                self._hashes[entry] = digest
+                fresh.append(i)
+                entries.append(entry)
+        self._blocks[entries] = block_ids[fresh]
+        self.entry_of[block_ids[fresh]] = np.array(entries, np.int32)[:, None]
+        return fresh
 
     def remove(self, ids: Int32) -> tuple[list[bytes], Int32]:
         """Make unfindable every entry that has one of the blocks ``ids``.
@@ -142,3 +177,10 @@ class PrefixIndex:
             assert (self.entry_of[blocks] == entry).all(), f"entry {entry} is not its blocks' own"
         live = self.num_groups * len(self._entries)
         assert int((self.entry_of >= 0).sum()) == live, "a block points at an entry that is gone"
+
+
+def runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Split ascending numbers where they do not follow on: (first, end) of each run."""
+    for _, pairs in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in pairs]
+        yield run[0], run[-1] + 1

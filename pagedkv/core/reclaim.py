@@ -2,7 +2,9 @@
 
 Blocks of the lowest level go first; within a level the one that became free first. A sequence's
 blocks become free tail first and a block's level is never below that of a block behind it, so
-every order reclaims a chain from its leaf: what stays cached can be found from its root.
+every order but ``fifo`` reclaims a chain from its leaf: what stays cached can be found from its
+root. ``fifo`` is the textbook's: with that rule, a prompt that goes on from an old block would
+renew it, and the order would be ``lru`` in all but name.
 """
 
 import heapq
@@ -56,11 +58,20 @@ class CachedOrder:
 
     Args:
         num_blocks: Blocks in the pool.
-        order: A name of `HIT_LEVEL`.
+        order: A name of `HIT_LEVEL`, or what to call an order that ``foresee`` decides.
+        foresee: Says the level of blocks as they become free, whatever happened to them before:
+            for studies that know the future.
     """
 
-    def __init__(self, num_blocks: int, order: str = "lru") -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        order: str = "lru",
+        *,
+        foresee: Callable[[Int32], Int32] | None = None,
+    ) -> None:
         self.order = order
+        self._foresee = foresee
         self._level: Int32 = np.zeros(num_blocks, np.int32)
         self._place: Int32 = np.full(num_blocks, -1, np.int32)
         self._lines: dict[int, _Line] = {}
@@ -82,14 +93,14 @@ class CachedOrder:
         """Blocks lose their content, and with it what it was worth."""
         self._level[ids] = 0
 
-    def stored(self, ids: Int32, priority: int) -> None:
-        """Blocks became findable, computed by a request of this priority."""
+    def stored(self, ids: Int32, priority: Int32 | int) -> None:
+        """Blocks became findable, computed by a request of this priority, or one each."""
         if self.order == "priority":
             self._level[ids] = -priority
 
     def hit(self, ids: Int32, priority: int) -> None:
         """Blocks that are not in the order were found by a request of this priority."""
-        if self.order not in ("lru", "fifo"):
+        if self.order not in ("lru", "fifo") and self._foresee is None:
             self._level[ids] = HIT_LEVEL[self.order](self._level[ids], priority)
 
     # The order
@@ -102,12 +113,15 @@ class CachedOrder:
         if self.order == "lru":
             self._append(0, ids)
             return
+        if self._foresee is not None:
+            self._level[ids] = self._foresee(ids)
         if self.order == "fifo":
             self._era += 1
             fresh = ids[self._level[ids] == 0]
             self._level[fresh] = self._era
-        # A parent stays at least as long as its child.
-        levels = np.maximum.accumulate(self._level[ids])
+        levels = self._level[ids]
+        if self.order != "fifo":  # a parent stays at least as long as its child
+            levels = np.maximum.accumulate(levels)
         self._level[ids] = levels
         for level in np.unique(levels).tolist():
             self._append(level, ids[levels == level])
@@ -176,6 +190,17 @@ class CachedOrder:
         self._place[ids] = -1
         self._count -= count
         return ids
+
+    @property
+    def next_level(self) -> int | None:
+        """The level of the block that would go next; None of an empty order."""
+        self._drop_empty()
+        return self._heap[0] if self._count else None
+
+    def _drop_empty(self) -> None:
+        """Take lines that are used up from the front of the order."""
+        while self._heap and not self._lines[self._heap[0]].count:
+            del self._lines[heapq.heappop(self._heap)]
 
     def _take(self, level: int, count: int) -> Int32:
         """Take the first ``count`` live entries of a line, which has as many."""

@@ -7,7 +7,7 @@ record that lets a preempted sequence forget the same things again.
 import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, at_rows
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
@@ -21,6 +21,7 @@ from pagedkv.eviction import (
     View,
     check,
     observe_from,
+    observing_queries,
     policy,
     rank,
     select,
@@ -149,13 +150,14 @@ class Retention:
         """
         if not self.rotates[rows].any():
             return None
-        table = self._table
+        table, at = self._table, at_rows(rows)
         index = np.arange(width, dtype=np.int32)
-        used = index < table.num_blocks[:, rows, None]
-        query = table.num_resident[:, rows] - table.next_position[rows]
-        key = table.rotation[:, rows, :width] - index * table.block_size
-        turned = used & self.rotates[rows, None]
-        turns: Int32 = np.where(turned, query[:, :, None] + key, 0)
+        last = np.where(self.rotates[rows], table.num_blocks[:, at], 0)
+        query = table.num_resident[:, at] - table.next_position[at]
+        # In place: fresh pages cost more than the arithmetic.
+        turns: Int32 = table.rotation[:, at, :width] + query[:, :, None]
+        turns -= index * table.block_size
+        turns *= (index < last[:, :, None]).astype(np.int32)
         return turns if turns.any() else None
 
     def observations(self, rows: Int32, counts: Int32, width: int) -> list[Observation]:
@@ -197,20 +199,26 @@ class Retention:
         """
         table = self._table
         for wanted, observed in zip(plan.observations, result.observed, strict=True):
-            live = np.flatnonzero(alive[wanted.members])
+            live = np.flatnonzero(alive[wanted.members]).astype(np.int32)
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
             if not len(rows):
                 continue
             counts = np.diff(plan.query_start)[members]
             width = observed.values.shape[2]
-            values = observed.values[:, live].reshape(-1, width)
+            values = observed.values[:, at_rows(live)].reshape(-1, width)
             chosen = self._policies[int(self.policy_id[rows[0]])]
             view, entries = self.view(chosen, rows, width=width), self._entries(chosen)
-            score, weight = update(chosen, view, np.tile(counts, table.num_groups), values)
-            shape = (table.num_groups, len(rows), width)
-            entries.score[:, rows, :width] = score.reshape(shape)
-            entries.weight[:, rows, :width] = weight.reshape(shape)
-            entries.mass[:, rows, :width] = observed.mass[:, live]
+            shape, at = (table.num_groups, len(rows), width), at_rows(rows)
+            counts = np.tile(counts, table.num_groups)
+            if chosen.scorer().additive:
+                seen = observing_queries(chosen, view, counts)
+                entries.score[:, at, :width] += values.reshape(shape)
+                entries.weight[:, at, :width] += seen.reshape(shape)
+            else:
+                score, weight = update(chosen, view, counts, values)
+                entries.score[:, at, :width] = score.reshape(shape)
+                entries.weight[:, at, :width] = weight.reshape(shape)
+            entries.mass[:, at, :width] = observed.mass[:, at_rows(live)]
 
     def evict(self, rows: Int32) -> Int32:
         """Let windows slide, then hold the rounds that are due and take what they decide.
@@ -312,11 +320,11 @@ class Retention:
         heads = self._config.model.num_kv_heads if layout.heads_per_group == 1 else 1
         if table.num_groups % heads:
             heads = 1
-        flat = (groups * len(rows), width)
+        flat, at = (groups * len(rows), width), at_rows(rows)
         return View(
-            score=entries.score[:groups, rows, :width].reshape(flat),
-            weight=entries.weight[:groups, rows, :width].reshape(flat),
-            first_position=entries.first_position[:groups, rows, :width].reshape(flat),
+            score=entries.score[:groups, at, :width].reshape(flat),
+            weight=entries.weight[:groups, at, :width].reshape(flat),
+            first_position=entries.first_position[:groups, at, :width].reshape(flat),
             num_resident=table.num_resident[:groups, rows].ravel(),
             num_computed=np.tile(table.num_computed[rows], groups),
             num_prompt=np.tile(table.num_prompt[rows], groups),
@@ -330,22 +338,21 @@ class Retention:
     def _by_policy(self, rows: Int32) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
         ids = self.policy_id[rows]
-        return [
-            (self._policies[i], np.flatnonzero(ids == i).astype(np.int32))
-            for i in np.unique(ids[ids >= 0]).tolist()
-        ]
+        if ids.max(initial=-1) < 0:
+            return []
+        used = np.unique(ids[ids >= 0]).tolist()
+        return [(self._policies[i], np.flatnonzero(ids == i).astype(np.int32)) for i in used]
 
     # Preemption: a sequence that has evicted forgets the same things again
 
     def _replay_shrinks(self, chosen: Policy, rows: Int32) -> None:
         """Let rows that replay forget what they were made to forget between rounds."""
-        table = self._table
-        for row in rows[table.num_computed[rows] <= table.replay_until[rows]]:
+        for row in rows[self._table.num_computed[rows] <= self._table.replay_until[rows]]:
             one = np.array([row], np.int32)
             in_use = self._in_use(chosen, one)
             keep = np.ones((*in_use.shape, int(in_use.max())), np.bool_)
-            replay_round(table, int(row), keep[:, 0], in_use[:, 0])
-            gone = ~keep & (np.arange(keep.shape[2]) < in_use[:, :, None])
+            replay_round(self._table, int(row), keep[:, 0], in_use[:, 0])
+            gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
             if gone.any():
                 self.forget(chosen, self.view(chosen, one), one, gone)
 
@@ -356,11 +363,8 @@ class Retention:
         """
         rows = self._table.running
         rows = rows[self._table.num_computed[rows] >= self._table.replay_until[rows]]
-        return [
-            (chosen, rows[at])
-            for chosen, at in self._by_policy(rows)
-            if chosen.adaptive is not None and chosen.unit == "block"
-        ]
+        elastic = [(p, at) for p, at in self._by_policy(rows) if p.adaptive and p.unit == "block"]
+        return [(chosen, rows[at]) for chosen, at in elastic]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
@@ -374,8 +378,7 @@ class Retention:
         replaying = seq.row < 0 or self._table.replay_until[seq.row] > 0
         evicted, forfeited, left_out = 0, 0.0, 0.0
         if replaying and seq.saved is not None:
-            evicted, forfeited = seq.saved.num_evicted, seq.saved.forfeited
-            left_out = seq.saved.left_out
+            _, _, evicted, forfeited, left_out = seq.saved
         elif seq.row >= 0:
             evicted = int(self._table.num_evicted[seq.row])
             forfeited = float(self._table.forfeited[seq.row])
@@ -390,9 +393,8 @@ class Retention:
         """Give rows that have just finished replaying the scores they had."""
         table = self._table
         replaying = table.replay_until[rows] > 0
-        for row in rows[
-            replaying & (table.num_computed[rows] >= table.replay_until[rows])
-        ].tolist():
+        done = replaying & (table.num_computed[rows] >= table.replay_until[rows])
+        for row in rows[done].tolist():
             seq = table.sequences[row]
             assert seq is not None
             restore_scores(table, self._entries(seq.policy), seq)

@@ -185,7 +185,8 @@ class Scheduler:
             self.admission.step()
             budget = self.config.scheduler.max_num_batched_tokens - int(counts.sum())
             new_rows, new_counts = self._intake.admit(budget, now)
-            rows, counts = np.append(rows, new_rows), np.append(counts, new_counts)
+            if len(new_rows):
+                rows, counts = np.append(rows, new_rows), np.append(counts, new_counts)
         else:
             self.admission.preempted()
         siblings = {
@@ -263,7 +264,7 @@ class Scheduler:
         self._preempt(self.retention.evict(plan.rows[alive]))
         self._roster.fork_finished_prompts()
         self._end_failed(plan, drawn)
-        sample = np.flatnonzero(np.isin(plan.sample_rows, self.table.running))
+        sample = np.flatnonzero(self.table.runs[plan.sample_rows])
         rows, token_ids = plan.sample_rows[sample], drawn[sample].astype(np.int32)
         seq_ids = self.table.seq_id[rows]
         stopped = self.table.append_tokens(rows, token_ids)
@@ -319,7 +320,7 @@ class Scheduler:
         """End the sequences whose draw gave no token of the vocabulary; the rest goes on."""
         failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
         rows = plan.sample_rows[failed]
-        for row in rows[np.isin(rows, self.table.running)].tolist():
+        for row in rows[self.table.runs[rows]].tolist():
             seq = self.table.sequences[row]
             assert seq is not None
             error = f"request {seq.request.request_id!r}: the model's logits were not finite"
@@ -343,6 +344,21 @@ class Scheduler:
     def sequence(self, seq_id: int) -> Sequence:
         """Return a sequence in work; KeyError if it has finished."""
         return self._roster.sequences[seq_id]
+
+    @property
+    def totals(self) -> Totals:
+        """What was counted so far; changes from step to step."""
+        return self._totals
+
+    @property
+    def num_added(self) -> int:
+        """Sequences that were ever queued."""
+        return self._next_seq_id
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._roster.waiting)
 
     def stats(self) -> SchedulerStats:
         """Return the counts of now and the totals so far."""

@@ -42,6 +42,7 @@ class SequenceTable:
         urgency: Its priority and age as one number; lower is more urgent.
         tenant: Its request's tenant as a number.
         evicts: Whether its policy can forget anything.
+        forked: Whether it was forked, or forked from: it may share a block that is not full.
         token_ids: [rows, width] Known tokens.
         next_position: The position that the next token's query and key are rotated to.
         num_evicted: Tokens that eviction has forgotten, summed over groups.
@@ -51,14 +52,14 @@ class SequenceTable:
         prompt_logprobs: Alternatives to report per prompt token; -1 reports nothing.
         num_scored: Prompt tokens up to here have had their log-probabilities.
         replay_until: While fewer tokens are computed, logged evictions are done over again.
-        block_table: [groups, rows, width] Block ids in order of position.
+        block_table: [groups, rows, width] Block ids in order of position; 0 where none is in use.
         first_position: Beside it, where each block's first token stands in its sequence.
         rotation: Beside it, the position that token's key was rotated to.
         score, weight, mass: Beside it, what the eviction policy knows of each block.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
 
     Rows and table widths grow by doubling when first needed, never while a step is in flight.
-    ``running`` lists the rows in order of admission.
+    ``running`` lists the rows in order of admission; ``runs`` says of each row whether it is one.
     """
 
     def __init__(self, max_num_seqs: int, block_size: int, num_groups: int = 1) -> None:
@@ -74,6 +75,7 @@ class SequenceTable:
         self.max_blocks: Int32 = np.zeros(rows, np.int32)
         self.urgency: Int64 = np.zeros(rows, np.int64)
         self.evicts: Bool = np.zeros(rows, np.bool_)
+        self.forked: Bool = np.zeros(rows, np.bool_)
         self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
         self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
@@ -108,6 +110,7 @@ class SequenceTable:
         }
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: Int32 = np.zeros(0, np.int32)
+        self.runs: Bool = np.zeros(rows, np.bool_)
 
     @property
     def free_rows(self) -> Int32:
@@ -146,6 +149,7 @@ class SequenceTable:
         self.max_blocks[row] = seq.max_blocks
         self.urgency[row] = seq.urgency
         self.evicts[row] = seq.policy.evicts
+        self.forked[row] = False
         self.tenant[row] = seq.tenant_id
         self._bind_stops(row, stop_ids)
         for name, column in self.sampling.items():
@@ -168,15 +172,18 @@ class SequenceTable:
     def start(self, row: int) -> None:
         """Append a bound row to the order of running."""
         self.running = np.append(self.running, np.int32(row))
+        self.runs[row] = True
 
     def release(self, rows: Int32) -> None:
         """Free rows; their blocks must have been released before."""
         self.seq_id[rows] = FREE
         self.num_blocks[:, rows] = 0
+        self.block_table[:, rows] = 0
         self.num_resident[:, rows] = 0
         for row in rows.tolist():
             self.sequences[row] = None
-        self.running = self.running[~np.isin(self.running, rows)]
+        self.runs[rows] = False
+        self.running = self.running[self.runs[self.running]]
 
     def reserve_tokens(self, width: int) -> None:
         """Make ``token_ids`` at least ``width`` wide."""
@@ -196,6 +203,8 @@ class SequenceTable:
             counts: [groups, B] Blocks each table gains.
             ids: [counts.sum()] Block ids, table after table in the order of ``counts``.
         """
+        if not len(ids):
+            return
         before = self.num_blocks[:, rows]
         self.reserve_blocks(int((before + counts).max(initial=0)))
         flat = counts.ravel()
@@ -235,7 +244,8 @@ class SequenceTable:
             slots = np.repeat(keep[:, at, :widest], self.block_size, axis=2)
             resident = np.arange(slots.shape[2]) < self.num_resident[:, rows[at], None]
             self.tokens.keep(rows[at], slots & resident)
-        self.num_blocks[:, rows] = (keep & used).sum(axis=2)
+        self.num_blocks[:, rows] = left = (keep & used).sum(axis=2)
+        self.block_table[:, rows, :width] *= np.arange(width) < left[:, :, None]
         return dropped
 
     def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:
@@ -247,7 +257,8 @@ class SequenceTable:
             num_blocks: [groups, B] How many of those are in use.
         """
         width = blocks.shape[2]
-        self.block_table[:, rows, :width] = blocks
+        self.block_table[:, rows] = 0
+        self.block_table[:, rows, :width] = blocks * (np.arange(width) < num_blocks[:, :, None])
         first = self.tokens.first_position[:, rows, : width * self.block_size : self.block_size]
         self.first_position[:, rows, :width] = first
         self.rotation[:, rows, :width] = first
@@ -329,10 +340,13 @@ class SequenceTable:
     def audit(self) -> None:
         """Check every invariant; AssertionError names the one that does not hold."""
         rows = self.running
+        assert self.runs.sum() == len(rows) == self.runs[rows].sum(), "runs and running disagree"
         assert len(np.unique(rows)) == len(rows), "a row runs twice"
         assert (self.seq_id[rows] != FREE).all(), "a free row runs"
         assert (self.num_computed[rows] <= self.num_known[rows]).all(), "computed unknown tokens"
         assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"
+        unused = np.arange(self.block_table.shape[2]) >= self.num_blocks[:, :, None]
+        assert not (self.block_table * unused).any(), "an entry that is not in use names a block"
         free = self.seq_id == FREE
         assert (self.num_blocks[:, free] == 0).all(), "a free row holds blocks"
         assert all((s is None) == f for s, f in zip(self.sequences, free, strict=True)), (

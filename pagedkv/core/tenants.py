@@ -88,6 +88,9 @@ class Tenants:
 
     def charge(self, tenants: Int32, tokens: Int32 | Int64) -> None:
         """Count tokens served: [N] tenants, [N] tokens."""
+        if len(self.served) == 1:
+            self.served += int(tokens.sum())
+            return
         self.served += np.bincount(tenants, tokens, minlength=len(self.served)).astype(np.int64)
 
 

@@ -114,6 +114,11 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
     static: bool = False
     relative: bool = True
 
+    @property
+    def additive(self) -> bool:
+        """Whether an update only adds what was observed, and by how many queries."""
+        return self.update is _add
+
 
 # Updates
 

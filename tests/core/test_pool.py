@@ -57,7 +57,8 @@ class PoolTwins(RuleBasedStateMachine):
         for block in freed:
             if self.order == "fifo":
                 self.level[block] = self.level[block] or self.era
-            least = self.level[block] = max(least, self.level[block])
+            if self.order != "fifo":
+                least = self.level[block] = max(least, self.level[block])
             self.cached.append(block)
         protected = [b for b in self.cached if self.level[b] == 1]
         while self.order == "slru" and len(protected) > int(0.8 * self.pool.num_blocks):

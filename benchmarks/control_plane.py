@@ -1,0 +1,249 @@
+"""What the control plane costs: scheduler steps, block operations, hashing, memory.
+
+    python benchmarks/control_plane.py
+    python benchmarks/control_plane.py --running 16,512 --steps 32 --tables sequence
+    python benchmarks/control_plane.py --vllm-python ENV/bin/python
+
+A step is `schedule` and `commit` while every sequence decodes; prompts are of staggered length, so
+that each step some of them cross a block boundary, take a block, seal one and hash it. What a
+device would do is left out. CPU time of the thread is what to compare on a busy machine; wall time
+stands beside it. With --vllm-python, vLLM's own scheduler is driven over the same prompts in the
+same run, by the Python of another environment (`vllm_steps.py`); without, that is said.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pagedkv import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    Request,
+    SamplingParams,
+    Scheduler,
+    SchedulerConfig,
+    StepPlan,
+    StepResult,
+)
+from pagedkv.cli.machine import machine, versions
+from pagedkv.core.plan import Observed
+from pagedkv.core.pool import BlockPool
+from pagedkv.core.prefix import extend_chain
+from pagedkv.core.table import ENTRY_COLUMNS
+
+PROMPT = 64
+SHAPES = {"sequence": (1, 1), "layer": (30, 1), "head": (30, 3)}
+POLICIES = ("full", "streaming", "h2o")
+
+
+def scheduler(running: int, steps: int, seed: int, **options: Any) -> Scheduler:
+    """Return a scheduler with requests for so many sequences that decode for so many steps."""
+    shape, policy = options.get("tables", "sequence"), options.get("policy", "full")
+    prompt, size = options.get("prompt", PROMPT), 16
+    layers, heads = SHAPES[shape]
+    groups = {"sequence": 1, "layer": layers, "head": layers * heads}[shape]
+    blocks = running * groups * ((prompt + size + steps) // size + 2)
+    config = EngineConfig(
+        model=ModelConfig(
+            max_model_len=100_000, vocab_size=32_000, num_layers=layers, num_kv_heads=heads
+        ),
+        cache=CacheConfig(block_size=size, num_blocks=blocks, granularity=shape, eviction=policy),
+        scheduler=SchedulerConfig(
+            max_num_seqs=running,
+            max_num_batched_tokens=max(2048, running * (prompt + size)),
+        ),
+    )
+    made, rng = Scheduler(config), np.random.default_rng(seed)
+    params = SamplingParams(max_tokens=100_000 - prompt - size, ignore_eos=True)
+    for i in range(running):
+        ids = rng.integers(0, 32_000, prompt + i % size)
+        made.add(Request(request_id=str(i), prompt_token_ids=ids, sampling=params))
+    return made
+
+
+def answer(plan: StepPlan, noise: np.random.Generator) -> StepResult:
+    """Return what a device would: a token per sample, and masses."""
+    observed = []
+    for each in plan.observations:
+        shape = (len(plan.block_table), len(each.members), each.width)
+        values = noise.random(shape, np.float32)
+        observed.append(Observed(values=values, mass=values))
+    return StepResult(token_ids=np.full(len(plan.sample_rows), 7, np.int32), observed=observed)
+
+
+def step_times(running: int, steps: int, seed: int, **options: Any) -> dict[str, Any]:
+    """Time steps in which all sequences decode: seconds of wall and of CPU, each."""
+    sched, noise = scheduler(running, steps, seed, **options), np.random.default_rng(seed)
+    while True:
+        plan = sched.schedule()
+        sched.commit(plan, answer(plan, noise))
+        if plan.num_tokens == len(plan.sample_rows) == running:
+            break
+    gc.collect()
+    times = []
+    for _ in range(steps):
+        wall, cpu = time.perf_counter(), time.thread_time()
+        plan = sched.schedule()
+        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+        result = answer(plan, noise)
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
+        sched.commit(plan, result)
+        times.append((wall + time.perf_counter() - begin, cpu + time.thread_time() - begin_cpu))
+        assert plan.num_tokens == running
+    wall, cpu = np.array(times).T.tolist()
+    return {"running": running, **options, "wall": wall, "cpu": cpu}
+
+
+def pool_costs(num_blocks: int, batch: int, rounds: int) -> dict[str, float]:
+    """Microseconds of CPU per block: take and free blank ones, and reclaim cached ones."""
+    blank, pool = np.zeros(batch, np.bool_), BlockPool(num_blocks)
+    begin = time.thread_time()
+    for _ in range(rounds):
+        pool.release(pool.allocate(batch), blank)
+    allocate_free = time.thread_time() - begin
+    pool.release(pool.allocate(num_blocks), np.ones(num_blocks, np.bool_))
+    begin = time.thread_time()
+    for _ in range(rounds):
+        pool.release(pool.allocate(batch), ~blank)
+    reclaim = time.thread_time() - begin
+    per = 1e6 / rounds / batch
+    return {
+        "num_blocks": num_blocks,
+        "allocate_free": allocate_free * per,
+        "reclaim_free": reclaim * per,
+    }
+
+
+def hash_cost(tokens: int, seed: int) -> float:
+    """Microseconds of CPU to hash one block of 16 tokens of a prompt."""
+    ids = np.random.default_rng(seed).integers(0, 32_000, tokens).astype(np.int32)
+    hashes: list[bytes] = []
+    begin = time.thread_time()
+    extend_chain(hashes, ids, tokens // 16, 16, "")
+    return (time.thread_time() - begin) / len(hashes) * 1e6
+
+
+def memory(running: int, steps: int, seed: int) -> dict[str, float]:
+    """Bytes of the control plane's arrays, and of the prefix index when the cache is full."""
+    sched = scheduler(running, steps, seed)
+    plan = sched.schedule()
+    sched.commit(plan, answer(plan, np.random.default_rng(seed)))
+    for i in range(running):
+        sched.abort(str(i))
+    pool, index, table = sched.manager.pool, sched.manager.index, sched.table
+    arrays = [
+        pool.ref_count,
+        pool._mark,
+        pool._blank,
+        pool.cached._level,
+        pool.cached._place,
+        index.entry_of,
+    ]
+    arrays += [line.ids for line in pool.cached._lines.values()]
+    entry = sum(getattr(table, name).itemsize for name in ENTRY_COLUMNS)
+    known = sys.getsizeof(index._entries) + sys.getsizeof(index._hashes) + index._blocks.nbytes
+    known += sum(map(sys.getsizeof, index._entries))
+    return {
+        "per_block": sum(array.nbytes for array in arrays) / pool.num_blocks,
+        "per_entry": float(entry),
+        "per_findable_block": known / max(1, len(index)),
+    }
+
+
+def vllm(python: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Drive vLLM's scheduler in its own environment."""
+    script = Path(__file__).with_name("vllm_steps.py")
+    running = ",".join(str(n) for n in args.running if n <= args.vllm_most)
+    command = [python, str(script), "--running", running, "--steps", str(args.steps)]
+    done = subprocess.run(
+        [*command, "--prompt", str(PROMPT), "--seed", str(args.seed)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    if done.returncode:
+        raise SystemExit(f"{python} cannot run vllm_steps.py:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """Return a row of the table of steps."""
+    wall, cpu = np.array(found["wall"]) * 1e6, np.array(found["cpu"]) * 1e6
+    share = np.median(cpu) / found["running"]
+    return (
+        f"{name:34s} {np.median(wall):9.0f} {np.median(cpu):9.0f} {np.percentile(cpu, 99):9.0f} "
+        f"{share:9.2f}"
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--running", default="16,512,4096,8192", help="sequences, by comma")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--tables", default="sequence,layer,head", help="tables, by comma")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vllm-python", metavar="FILE", help="Python that can import vLLM")
+    parser.add_argument("--vllm-most", type=int, default=512, help="sequences to drive vLLM with")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
+    args = parser.parse_args()
+    args.running = [int(n) for n in args.running.split(",")]
+    facts = {"machine": machine(), "versions": versions(), "seed": args.seed, "steps": args.steps}
+    used = ", ".join(f"{k} {facts['versions'][k]}" for k in ("pagedkv", "python", "numpy"))
+    print(f"On {facts['machine']['cpu']}, seed {args.seed}; {used}.\n")
+    print(
+        f"{'step, microseconds':34s} {'wall p50':>9s} {'CPU p50':>9s} {'CPU p99':>9s} "
+        f"{'per seq':>9s}"
+    )
+    steps = []
+    for n in args.running:
+        steps.append(step_times(n, args.steps, args.seed))
+        print(line(f"{n} sequences", steps[-1]))
+    for shape in args.tables.split(","):
+        for policy in POLICIES if shape != "sequence" else ():
+            steps.append(
+                step_times(256, args.steps, args.seed, tables=shape, policy=policy, prompt=256)
+            )
+            print(line(f"256 x one table per {shape}, {policy}", steps[-1]))
+    other = vllm(args.vllm_python, args) if args.vllm_python else None
+    for each in other["steps"] if other else ():
+        print(line(f"vLLM {other['version']}, {each['running']} sequences", each))
+    pools = [pool_costs(n, 1000, 200) for n in (10_000, 1_000_000)]
+    print("\nCPU microseconds per block, in batches of 1,000")
+    for each in pools:
+        print(
+            f"  pool of {each['num_blocks']:9,d}: allocate + free {each['allocate_free']:.3f}, "
+            f"reclaim + free {each['reclaim_free']:.3f}"
+        )
+    hashing = hash_cost(32_000, args.seed)
+    print(f"  hash of 16 tokens: {hashing:.2f}")
+    if other:
+        print(
+            f"  vLLM: allocate + free {other['pool']['allocate_free']:.3f}, "
+            f"hash {other['hash']:.2f}"
+        )
+    else:
+        print("\nvLLM was not driven: give --vllm-python the Python of an environment that has it.")
+    held = memory(512, args.steps, args.seed)
+    print(
+        f"\nBytes: {held['per_block']:.1f} per pool block, {held['per_entry']:.0f} per block-table "
+        f"entry; the prefix index takes {held['per_findable_block']:.0f} more per findable block."
+    )
+    if args.json:
+        found = {"step": steps, "pool": pools, "hash": hashing, "memory": held, "vllm": other}
+        args.json.write_bytes(msgspec.json.encode(facts | found))
+
+
+if __name__ == "__main__":
+    main()

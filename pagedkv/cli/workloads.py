@@ -1,0 +1,135 @@
+"""The flags that say what is simulated, and the workload they make."""
+
+import argparse
+from typing import Any
+
+from pagedkv.errors import ConfigError
+from pagedkv.sim.generators import GENERATORS, Lengths, random_requests, sessions, tenants
+from pagedkv.sim.generators import tool_agent as make_tool_agent
+from pagedkv.sim.readers import READERS, read_trace
+from pagedkv.sim.workload import Workload
+
+__all__ = ["add_generator_flags", "add_reader_flags", "generated", "read", "workload"]
+
+_LAWS = ("fixed", "uniform", "lognormal", "zipf")
+
+
+def _help(text: str) -> str:
+    return f"{text} [default: %(default)s]"
+
+
+def add_reader_flags(group: Any) -> None:
+    """Add the flags of reading a trace file."""
+    group.add_argument(
+        "--format", choices=list(READERS), default="mooncake", help=_help("what the trace is")
+    )
+    group.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help=_help("stop at a bad row, or leave it out and count it"),
+    )
+    group.add_argument(
+        "--hash-block-size",
+        type=int,
+        metavar="N",
+        help="tokens per hash id, for mooncake, timed_trace and bailian [default: the format's]",
+    )
+    group.add_argument(
+        "--session-rate",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help=_help("weka sessions per second"),
+    )
+    group.add_argument(
+        "--open-loop",
+        action="store_true",
+        help="weka: requests come when the trace says, not a think time after the answer",
+    )
+    group.add_argument(
+        "--trace-start", type=float, default=0.0, metavar="S", help=_help("servegen: from here")
+    )
+    group.add_argument(
+        "--trace-duration", type=float, default=3600.0, metavar="S", help=_help("and for so long")
+    )
+
+
+def add_generator_flags(group: Any) -> None:
+    """Add the flags of making a workload up; words are vLLM's where it has them."""
+    group.add_argument("--num-prompts", type=int, metavar="N", help="requests at most")
+    for flag, default, text in (
+        ("--request-rate", 4.0, "arrivals per second, of conversations for sessions; inf is all"),
+        ("--burstiness", 1.0, "shape of the Gamma gaps: 1 is Poisson, inf a steady beat"),
+        ("--input-len", 512.0, "mean tokens of a prompt, without what is shared"),
+        ("--output-len", 128.0, "mean tokens of an answer"),
+        ("--input-spread", 0.5, "how far lengths spread, by the law"),
+        ("--output-spread", 0.5, "the same of answers"),
+        ("--tenant-skew", 1.0, "tenant k asks (k+1)^-X as often"),
+        ("--turns", 4.18, "mean turns of a conversation"),
+        ("--think-time", 60.0, "mean seconds before a user's next turn"),
+    ):
+        group.add_argument(flag, type=float, default=default, metavar="X", help=_help(text))
+    group.add_argument("--length-law", choices=_LAWS, default="lognormal", help=_help("of lengths"))
+    group.add_argument(
+        "--prefix-len", type=int, metavar="N", help="tokens of a system prompt [default: 256; 0]"
+    )
+    group.add_argument(
+        "--num-prefixes", type=int, default=1, metavar="N", help=_help("different ones, for random")
+    )
+    group.add_argument("--num-tenants", type=int, default=8, metavar="N", help=_help("tenants"))
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """Return what ``--trace`` or ``--workload`` stands for.
+
+    Raises:
+        ConfigError, TraceError: A flag or a file is wrong.
+    """
+    if args.trace is None:
+        return generated(args, args.workload)
+    return read(args, args.trace).head(args.num_prompts).faster(args.speedup)
+
+
+def read(args: argparse.Namespace, path: str) -> Workload:
+    """Return the workload of a trace file."""
+    options: dict[str, Any] = {}
+    if args.hash_block_size is not None:
+        if args.format not in ("mooncake", "timed_trace", "bailian"):
+            raise ConfigError(
+                f"{args.format} has no hash ids of a choosable size",
+                where="--hash-block-size",
+                remedy="leave it out",
+            )
+        options["block_size"] = args.hash_block_size
+    if args.format == "weka":
+        options |= {"session_rate": args.session_rate, "closed_loop": not args.open_loop}
+        options["seed"] = args.seed
+    if args.format == "servegen":
+        options |= {"start": args.trace_start, "duration": args.trace_duration, "seed": args.seed}
+    return read_trace(path, args.format, on_error=args.on_error, **options)
+
+
+def generated(args: argparse.Namespace, kind: str) -> Workload:
+    """Return a made-up workload of one of the kinds in `GENERATORS`."""
+    assert kind in GENERATORS
+    count = args.num_prompts or 1000
+    if count < 1:
+        raise ConfigError(f"{count} requests", where="--num-prompts", remedy="give 1 or more")
+    common: dict[str, Any] = {
+        "num_prompts": count,
+        "rate": args.request_rate,
+        "burstiness": args.burstiness,
+        "seed": args.seed,
+    }
+    if kind == "tool-agent":
+        return make_tool_agent(**common)
+    common["input_len"] = Lengths(args.input_len, args.length_law, args.input_spread)
+    common["output_len"] = Lengths(args.output_len, args.length_law, args.output_spread)
+    if args.prefix_len is not None:
+        common["prefix_len"] = args.prefix_len
+    if kind == "tenants":
+        return tenants(num_tenants=args.num_tenants, skew=args.tenant_skew, **common)
+    if kind == "sessions":
+        return sessions(turns=args.turns, think=args.think_time, **common)
+    return random_requests(num_prefixes=args.num_prefixes, **common)

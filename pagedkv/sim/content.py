@@ -1,0 +1,102 @@
+"""What simulated prompts are made of: streams of made-up tokens, equal where texts are equal.
+
+A trace says which prompts share which blocks, not what they say. So every distinct piece of text
+is a **stream**, a number, and token ``i`` of a stream is a pure function of both: two prompts that
+name the same stretch of the same stream hold the same tokens, and two that do not never agree on a
+block (60 bits tell streams apart). Generated tokens are streams as well, so that a conversation's
+next turn can quote the answer before it.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from pagedkv.core.arrays import Int32, Int64, UInt64
+
+__all__ = ["Content", "stream_ids", "stream_tokens", "text"]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_STEP = np.int64(0x2545F491)
+_LANE_BITS = 30
+_LANE = np.int64(2**_LANE_BITS - 1)
+
+
+def _mixed(numbers: UInt64) -> UInt64:
+    """SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        z = numbers + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        return z ^ (z >> np.uint64(31))
+
+
+def stream_ids(namespace: int, numbers: npt.ArrayLike) -> Int64:
+    """Return the streams of numbered texts: [N] int64, not negative; distinct by namespace."""
+    wide = np.asarray(numbers).astype(np.uint64)
+    salt = _mixed(np.array([namespace], np.uint64))
+    return (_mixed(wide ^ salt) >> np.uint64(1)).astype(np.int64)
+
+
+def stream_tokens(streams: Int64, offsets: Int64) -> Int32:
+    """Return the token at each offset of each stream; the arguments broadcast."""
+    keys = _mixed(streams.astype(np.uint64))
+    low = (keys & np.uint64(_LANE)).astype(np.int64)
+    high = ((keys >> np.uint64(_LANE_BITS)) & np.uint64(_LANE)).astype(np.int64)
+    lane = np.where(offsets % 2 == 0, low, high)
+    tokens: Int32 = ((lane + offsets * _STEP) & _LANE).astype(np.int32)
+    return tokens
+
+
+class Content(Struct, frozen=True, eq=False):
+    """A text as pieces of streams, or as the exact tokens where a trace has them.
+
+    Attributes:
+        streams: [P] The stream of each piece.
+        lengths: [P] Its tokens.
+        starts: [P] Where in the stream it begins; None begins all at 0.
+        exact: [T] The tokens themselves; pieces are empty then.
+    """
+
+    streams: Int64
+    lengths: Int64
+    starts: Int64 | None = None
+    exact: Int32 | None = None
+
+    def __len__(self) -> int:
+        return len(self.exact) if self.exact is not None else int(self.lengths.sum())
+
+    def token_ids(self) -> Int32:
+        """Return the tokens: [T]."""
+        if self.exact is not None:
+            return self.exact
+        if len(self.streams) == 1 and self.starts is None:
+            return stream_tokens(self.streams, np.arange(self.lengths[0]))
+        keys = _mixed(self.streams.astype(np.uint64))
+        lanes = np.stack([keys & np.uint64(_LANE), (keys >> np.uint64(_LANE_BITS))]).astype(
+            np.int64
+        )
+        before = np.cumsum(self.lengths) - self.lengths
+        shift = before if self.starts is None else before - self.starts
+        piece = np.repeat(np.arange(len(self.streams)), self.lengths)
+        offsets = np.arange(len(piece)) - shift[piece]
+        lane = np.where(offsets % 2 == 0, lanes[0][piece], lanes[1][piece])
+        return ((lane + offsets * _STEP) & _LANE).astype(np.int32)
+
+    def __add__(self, other: "Content") -> "Content":
+        """Return this text followed by another; both made of streams."""
+        return Content(
+            np.concatenate([self.streams, other.streams]),
+            np.concatenate([self.lengths, other.lengths]),
+            np.concatenate([self._starts(), other._starts()]),
+        )
+
+    def _starts(self) -> Int64:
+        return np.zeros(len(self.streams), np.int64) if self.starts is None else self.starts
+
+
+def text(stream: int, length: int, start: int = 0) -> Content:
+    """Return one stretch of one stream."""
+    begin = np.array([start], np.int64) if start else None
+    return Content(np.array([stream], np.int64), np.array([length], np.int64), begin)

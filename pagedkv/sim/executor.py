@@ -1,0 +1,87 @@
+"""Carries out plans by saying how long they would take, and what they would say."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.plan import Observed, StepPlan, StepResult
+from pagedkv.core.table import SequenceTable
+from pagedkv.sim.content import stream_tokens
+from pagedkv.sim.cost import CostModel, decode_work, step_work
+
+__all__ = ["CostExecutor"]
+
+
+class CostExecutor:
+    """A device that is a formula and a clock.
+
+    A request's generated tokens are its output stream: `SamplingParams.seed` names it. Eviction
+    policies that want attention are shown a **synthetic score process**, declared as such in every
+    result: each block's share of attention is drawn by its id from a heavy-tailed law (Pareto,
+    shape 1), and the first and the newest blocks get more. No model was asked.
+
+    Attributes:
+        clock: Seconds of virtual time that have passed.
+        last: Seconds that the last step took.
+        num_synthetic: Answers it made up for eviction policies.
+        on_plan: Is told of every plan, when it begins and how long it takes.
+    """
+
+    def __init__(self, cost: CostModel, block_size: int) -> None:
+        self.cost = cost
+        self.clock = 0.0
+        self.last = 0.0
+        self.num_synthetic = 0
+        self.on_plan: Callable[[StepPlan, float, float], None] | None = None
+        self._block_size = block_size
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Let the clock run by what the plan costs, and answer it."""
+        self.last = float(self.cost.seconds(step_work(plan, self._block_size)))
+        if self.on_plan is not None:
+            self.on_plan(plan, self.clock, self.last)
+        self.clock += self.last
+        seeds = plan.sampling.seed.astype(np.int64)
+        tokens = stream_tokens(seeds, plan.sampling.position.astype(np.int64))
+        return StepResult(token_ids=tokens, observed=self._observed(plan))
+
+    def _observed(self, plan: StepPlan) -> list[Observed]:
+        found = []
+        width = plan.block_table.shape[2]
+        for wanted in plan.observations:
+            self.num_synthetic += 1
+            used = -(-plan.num_resident[:, wanted.members] // self._block_size)
+            place = np.arange(width)
+            # A block keeps its draw wherever it stands in the table: it goes by block id.
+            blocks = plan.block_table[:, wanted.members].astype(np.int64)
+            uniform = (stream_tokens(blocks, np.zeros(1, np.int64)) + 1.0) / 2.0**30
+            share = 1.0 / np.maximum(uniform, 1e-6)
+            share[..., 0] += share.max()
+            share = share + 4.0 * (place >= used[..., None] - 2)
+            share = np.where(place < used[..., None], share, 0.0)
+            mass = (share / share.sum(axis=-1, keepdims=True)).astype(np.float32)
+            found.append(Observed(values=mass, mass=mass.copy()))
+        return found
+
+    # Quiet steps
+
+    def decode_seconds(self, resident: Int64, num_steps: int, step: int) -> Float64:
+        """Return how long each of the coming pure decode steps takes: [K].
+
+        Args:
+            resident: [G, B] Tokens resident before them.
+            step: The number of the first.
+        """
+        del step  # a formula needs no number; a recording does
+        seconds: Float64 = np.broadcast_to(
+            self.cost.seconds(decode_work(resident, num_steps)), (num_steps,)
+        )
+        return seconds
+
+    def decode_tokens(self, table: SequenceTable, num_steps: int) -> Int32:
+        """Return what running sequences draw in the coming steps: [K, B]."""
+        rows = table.running
+        position = (table.num_known[rows] - table.num_prompt[rows]).astype(np.int64)
+        seeds = table.sampling["seed"][rows].astype(np.int64)
+        return stream_tokens(seeds, position + np.arange(num_steps)[:, None])

@@ -1,0 +1,242 @@
+"""Watches one simulated engine and keeps what reports need, in bounded memory."""
+
+import math
+
+import numpy as np
+from msgspec import Struct
+
+from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.plan import StepOutput, StepPlan
+from pagedkv.core.request import FinishedSequence
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.sim.sketch import Distribution, Series
+from pagedkv.sim.slo import Objective
+from pagedkv.sim.tenants import Tenants
+from pagedkv.sim.workload import SimRequest
+
+__all__ = ["LATENCIES", "SERIES", "Before", "Phase", "Recorder"]
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
+SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
+_WATCHED = 20_000  # phases kept for the trace viewer
+
+
+class Phase(Struct, frozen=True):
+    """One stretch of a request's life, for the trace viewer.
+
+    Attributes:
+        kind: ``queued``, ``prefill``, ``decode`` or ``preempted``.
+    """
+
+    request: str
+    row: int
+    kind: str
+    begin: float
+    end: float
+
+
+class _Life:
+    """What is known of a sequence in work."""
+
+    __slots__ = ("began", "first", "last", "name", "queued", "request", "row")
+
+    def __init__(self, request: SimRequest, name: str) -> None:
+        self.request = request
+        self.name = name
+        self.queued = request.arrival  # since when it waits
+        self.began = math.nan  # when it was last admitted
+        self.first = math.nan
+        self.last = math.nan
+        self.row = -1
+
+
+class Recorder:
+    """Latencies, rates, occupancy and tenants of one engine.
+
+    Python loops run over events (an admission, an end); tokens are counted by the array.
+
+    Attributes:
+        latency: Per name of `LATENCIES`, its distribution in seconds.
+        phases: The first 20,000 stretches of requests' lives; later ones are counted only.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, slo: Objective, tenants: Tenants, *, watch: bool = False
+    ) -> None:
+        rows = scheduler.table.num_rows
+        self._scheduler = scheduler
+        self._manager = scheduler.manager
+        self._slo = slo
+        self._lives: dict[int, _Life] = {}
+        self._planned: Int64 = np.full(rows, -1, np.int64)  # the sequence that last ran in a row
+        self._drew: Int64 = np.full(rows, -1, np.int64)  # the sequence that last drew in a row
+        self._last: Float64 = np.zeros(rows)  # when it did
+        self.tenants = tenants
+        self.latency = {name: Distribution() for name in LATENCIES}
+        self.series = Series(SERIES)
+        self.num_good = 0
+        self.num_ended: dict[str, int] = {}
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.last_end = 0.0
+        self.most_in_flight = 0
+        self.most_tokens_per_second = 0
+        self._second = (-1, 0)
+        self._preemptions = 0
+        self._during: Float64 = np.zeros((1, len(SERIES)))
+        self.phases: list[Phase] = []
+        self.num_unwatched = 0
+        self._watch = watch
+
+    # Events
+
+    def add(self, seq_id: int, request: SimRequest, name: str) -> None:
+        """Begin to follow a request."""
+        self._lives[seq_id] = _Life(request, name)
+        self.most_in_flight = max(self.most_in_flight, len(self._lives))
+
+    def step(self, output: StepOutput, end: float, seconds: float) -> None:
+        """Take in a committed step that ended at ``end``."""
+        self._draw(output.rows, output.seq_ids, end)
+        ends = np.array([end])
+        self.series.add(ends, np.array([seconds]), self._during)
+        self._count_tokens(ends, len(output.rows))
+        for ended in output.finished:
+            self._finish(ended, end)
+
+    def _admit(self, row: int, seq_id: int, now: float) -> None:
+        self._planned[row] = seq_id
+        life = self._lives[seq_id]
+        first = math.isnan(life.began)
+        if first:
+            self.latency["queue"].add(now - life.request.arrival)
+        self._note(life, row, "queued" if first else "preempted", life.queued, now)
+        life.began, life.row = now, row
+        self.tenants.enter(row, life.request.tenant)
+
+    def _look_for_preempted(self, now: float) -> None:
+        """Save what rows knew of sequences that were pushed back to waiting."""
+        seq_id = self._scheduler.table.seq_id
+        for row in np.flatnonzero((self._planned >= 0) & (self._planned != seq_id)).tolist():
+            life = self._lives[int(self._planned[row])]
+            if self._drew[row] == self._planned[row]:
+                life.last = float(self._last[row])
+            ran = "prefill" if math.isnan(life.first) else "decode"
+            self._note(life, row, ran, life.began, now)
+            self._planned[row] = self._drew[row] = -1
+            life.queued, life.row = now, -1
+
+    def _draw(self, rows: Int32, seq_ids: Int64, end: float) -> None:
+        fresh = self._drew[rows] != seq_ids
+        if fresh.any():
+            for i in np.flatnonzero(fresh).tolist():
+                life = self._lives[int(seq_ids[i])]
+                if math.isnan(life.first):
+                    life.first = end
+                    self._note(life, life.row, "prefill", life.began, end)
+                else:
+                    self.latency["itl"].add(end - life.last)
+                self._drew[rows[i]] = seq_ids[i]
+            old = rows[~fresh]
+            self.latency["itl"].add(end - self._last[old])
+        else:
+            self.latency["itl"].add(end - self._last[rows])
+        self._last[rows] = end
+
+    def _finish(self, ended: FinishedSequence, now: float) -> None:
+        life = self._lives.pop(ended.seq_id)
+        reason = ended.finish_reason
+        self.num_ended[reason] = self.num_ended.get(reason, 0) + 1
+        request, count = life.request, len(ended.token_ids)
+        row = life.row
+        if row >= 0:
+            self._note(life, row, "decode", max(life.first, life.began), now)
+            if self._planned[row] == ended.seq_id:
+                self._planned[row] = self._drew[row] = -1
+        good = False
+        if reason in ("length", "stop"):
+            self.input_tokens += len(request.prompt)
+            self.output_tokens += count
+            ttft, e2el = life.first - request.arrival, now - request.arrival
+            tpot = (e2el - ttft) / max(1, count - 1)
+            self.latency["ttft"].add(ttft)
+            self.latency["e2el"].add(e2el)
+            if count > 1:
+                self.latency["tpot"].add(tpot)
+            good = self._slo.kept(ttft, tpot, e2el)
+            self.num_good += good
+            self.tenants.finish(request, ended, ttft, e2el, good=good)
+        self.last_end = max(self.last_end, now)
+
+    # Tokens and blocks, by the array
+
+    def leap(self, before: "Before", ends: Float64, seconds: Float64) -> None:
+        """Take in quiet steps: what the pool held before, [K] when each ended and how long."""
+        table, size = self._scheduler.table, self._manager.block_size
+        rows, steps = table.running, len(ends)
+        self._draw(rows, table.seq_id[rows], float(ends[0]))  # some may draw their first token
+        if steps > 1:
+            self.latency["itl"].add(np.diff(ends), len(rows))
+        self._last[rows] = ends[-1]
+        step = np.arange(1, steps + 1)
+        fresh = _blocks_taken(before.resident, size, steps)
+        values = np.empty((steps, len(SERIES)))
+        values[:, 0] = before.held + fresh
+        values[:, 1] = before.cached - np.maximum(0, fresh - before.blank)
+        values[:, 2] = values[:, 5] = len(rows)
+        values[:, 3] = self._scheduler.num_waiting
+        waste = int((-before.resident % size).sum())
+        values[:, 4] = waste + fresh * size - step * before.resident.size
+        self.series.add(ends, seconds, values)
+        self._count_tokens(ends, len(rows))
+        self.tenants.step(rows, seconds, before.resident)
+
+    def planned(self, plan: StepPlan, begin: float, seconds: float) -> None:
+        """Look at the pool between schedule and commit: what the step holds while it runs."""
+        if self._scheduler.totals.num_preemptions != self._preemptions:
+            self._preemptions = self._scheduler.totals.num_preemptions
+            self._look_for_preempted(begin)
+        for i in np.flatnonzero(self._planned[plan.rows] != plan.seq_ids).tolist():
+            self._admit(int(plan.rows[i]), int(plan.seq_ids[i]), begin)
+        pool, size = self._manager.pool, self._manager.block_size
+        waste = int((-plan.num_resident % size).sum())
+        self.tenants.step(plan.rows, np.array([seconds]))
+        counts = pool.num_held, pool.num_cached, len(plan.rows), self._scheduler.num_waiting
+        self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
+
+    def _count_tokens(self, ends: Float64, batch: int) -> None:
+        """Keep the most tokens that any second of the clock saw."""
+        seconds = ends.astype(np.int64)
+        for second, times in zip(*np.unique(seconds, return_counts=True), strict=True):
+            now, count = self._second
+            count = int(times) * batch + (count if now == second else 0)
+            self._second = (int(second), count)
+            self.most_tokens_per_second = max(self.most_tokens_per_second, count)
+
+    def _note(self, life: _Life, row: int, kind: str, begin: float, end: float) -> None:
+        if not self._watch or math.isnan(begin):
+            return
+        if len(self.phases) < _WATCHED:
+            self.phases.append(Phase(life.name, row, kind, begin, end))
+        else:
+            self.num_unwatched += 1
+
+
+class Before(Struct, frozen=True, eq=False):
+    """The pool before a leap: [G, B] tokens resident per row; blocks held, cached and blank."""
+
+    resident: Int64
+    held: int
+    cached: int
+    blank: int
+
+
+def _blocks_taken(resident: Int64, size: int, steps: int) -> Int64:
+    """Return how many blocks decoding rows have taken after each of the coming steps: [K]."""
+    first = (-resident % size).ravel() + 1  # the step that begins each row's next block
+    taken = np.zeros(steps + 1, np.int64)
+    for more in range(0, steps, size):
+        at = first + more
+        taken += np.bincount(at[at <= steps], minlength=steps + 1)
+    counts: Int64 = np.cumsum(taken[1:])
+    return counts

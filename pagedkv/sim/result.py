@@ -1,0 +1,214 @@
+"""What a simulation found, with vLLM's serving keys, and how it is asked for."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from pagedkv.config import EngineConfig
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.sim.cost import CostModel
+from pagedkv.sim.presets import cost_preset
+from pagedkv.sim.recorder import LATENCIES, Phase, Recorder
+from pagedkv.sim.simulator import Cluster, Replica
+from pagedkv.sim.sketch import Distribution, Series
+from pagedkv.sim.slo import Objective
+from pagedkv.sim.workload import Workload
+
+__all__ = ["DEFAULT_HARDWARE", "PERCENTILES", "SimResult", "simulate"]
+
+DEFAULT_HARDWARE = "a100-llama3-8b"
+PERCENTILES = (25.0, 75.0, 90.0, 95.0, 99.0)
+_GAUGES = (
+    "num_running",
+    "num_waiting",
+    "blocks_held",
+    "blocks_cached",
+    "blocks_free",
+    "host_blocks_held",
+)
+
+
+class SimResult(Struct, frozen=True, kw_only=True, eq=False):
+    """What came of a workload.
+
+    Attributes:
+        summary: Counts, rates and latencies in milliseconds, under vLLM's serving keys where it
+            has the word.
+        latency: The distributions behind it, in seconds.
+        occupancy: Blocks held and cached, sequences running and waiting, empty slots in held
+            blocks and tokens per step, over time; several replicas summed.
+        tenants: Per tenant, what it asked for, got and cost others.
+        phases: Stretches of requests' lives per replica, if they were watched.
+    """
+
+    summary: dict[str, Any]
+    latency: dict[str, Distribution]
+    occupancy: Series
+    tenants: dict[str, dict[str, Any]]
+    phases: list[list[Phase]] = []
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary, tenants and occupancy as plain data."""
+        return {
+            **self.summary,
+            "tenants": self.tenants,
+            "occupancy": self.occupancy.table(),
+        }
+
+
+def simulate(
+    config: EngineConfig | None,
+    workload: Workload,
+    *,
+    cost: CostModel | str = DEFAULT_HARDWARE,
+    slo: Objective | None = None,
+    replicas: int = 1,
+    routing: str = "round_robin",
+    max_concurrency: int | None = None,
+    leap: bool = True,
+    watch: bool = False,
+    progress: Callable[[int], None] | None = None,
+    prepare: Callable[[Scheduler], None] | None = None,
+) -> SimResult:
+    """Serve a workload with the real scheduler under a virtual clock.
+
+    Args:
+        config: As for an engine. Without a number of blocks, a replica has as many as fit beside
+            the weights of the cost model's hardware.
+        cost: What steps take: a model of it, or a name of `presets.COSTS`.
+        slo: What counts as good.
+        replicas: Engines side by side, each with a pool of its own.
+        routing: How requests are dealt to them: a name of `simulator.ROUTES`.
+        max_concurrency: Users that wait for an answer before they ask again.
+        leap: Take quiet steps as one; changes how long it takes, and nothing else.
+        watch: Keep the phases of requests for a trace viewer.
+        progress: Is told how many requests have ended.
+        prepare: Is given each replica's scheduler before it starts.
+
+    Raises:
+        ConfigError: A value is out of range or unknown.
+        TraceError: The workload cannot be read.
+    """
+    model = cost_preset(cost) if isinstance(cost, str) else cost
+    config = config or EngineConfig()
+    if config.cache.num_blocks is None:
+        blocks = model.num_blocks(config.cache.block_size)
+        cache = msgspec.structs.replace(config.cache, num_blocks=blocks, kv_cache_memory_bytes=None)
+        config = msgspec.structs.replace(config, cache=cache)
+    engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(replicas)]
+    if prepare is not None:
+        for engine in engines:
+            prepare(engine.scheduler)
+    cluster = Cluster(engines, route=routing, max_concurrency=max_concurrency)
+    cluster.run(workload, progress)
+    return _gather(cluster, workload, config, slo or Objective())
+
+
+def _gather(
+    cluster: Cluster, workload: Workload, config: EngineConfig, slo: Objective
+) -> SimResult:
+    recorders = [replica.recorder for replica in cluster.replicas]
+    latency = {name: _merged([r.latency[name] for r in recorders]) for name in LATENCIES}
+    occupancy, tenants = recorders[0].series, recorders[0].tenants
+    for recorder in recorders[1:]:
+        occupancy.merge(recorder.series)
+        tenants.merge(recorder.tenants)
+    summary = _summary(cluster, recorders, latency, slo)
+    summary |= _pool(cluster, occupancy, config)
+    summary |= tenants.fairness()
+    summary["skipped_rows"] = dict(workload.skipped)
+    summary["synthetic_scores"] = _scores_are_made_up(cluster)
+    return SimResult(
+        summary=summary,
+        latency=latency,
+        occupancy=occupancy,
+        tenants=tenants.table(summary["duration"]),
+        phases=[recorder.phases for recorder in recorders],
+    )
+
+
+def _merged(parts: list[Distribution]) -> Distribution:
+    whole = Distribution()
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
+def _summary(
+    cluster: Cluster, recorders: list[Recorder], latency: dict[str, Distribution], slo: Objective
+) -> dict[str, Any]:
+    duration = max(max(r.last_end for r in recorders), 1e-9)
+    ends: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for replica in cluster.replicas:
+        ends.update(replica.recorder.num_ended)
+        refused.update(replica.refused)
+    completed = ends["length"] + ends["stop"]
+    inputs = sum(r.input_tokens for r in recorders)
+    outputs = sum(r.output_tokens for r in recorders)
+    found: dict[str, Any] = {
+        "duration": duration,
+        "completed": completed,
+        "failed": ends["error"] + refused.total(),
+        "refused": dict(refused),
+        "unsent_follow_ups": cluster.num_unsent,
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": completed / duration,
+        "request_goodput": sum(r.num_good for r in recorders) / duration if slo.bounds else None,
+        "good_fraction": sum(r.num_good for r in recorders) / max(1, completed),
+        "output_throughput": outputs / duration,
+        "total_token_throughput": (inputs + outputs) / duration,
+        "max_concurrent_requests": sum(r.most_in_flight for r in recorders),
+        "max_output_tokens_per_s": sum(r.most_tokens_per_second for r in recorders),
+    }
+    for name in LATENCIES:
+        found |= latency[name].summary(f"{name}_ms", PERCENTILES, 1000.0)
+    return found
+
+
+def _pool(cluster: Cluster, occupancy: Series, config: EngineConfig) -> dict[str, Any]:
+    """Return what the schedulers counted, and how full their pools were."""
+    stats = [msgspec.structs.asdict(replica.scheduler.stats()) for replica in cluster.replicas]
+    totals = {name: sum(s[name] for s in stats) for name in stats[0] if name not in _GAUGES}
+    blocks = (config.cache.num_blocks or 1) * len(stats)
+    means, peaks = occupancy.means, occupancy.peaks
+    held_slots = max(means["held"] * config.cache.block_size, 1e-9)
+    return {
+        **totals,
+        "num_leaps": sum(replica.num_leaps for replica in cluster.replicas),
+        "prefix_cache_hit_rate": totals["prompt_tokens_cached"] / max(1, totals["prompt_tokens"]),
+        "num_blocks": blocks,
+        "mean_kv_cache_usage": means["held"] / blocks,
+        "peak_kv_cache_usage": min(1.0, peaks["held"] / blocks),
+        "mean_running": means["running"],
+        "mean_waiting": means["waiting"],
+        "internal_fragmentation": means["wasted_slots"] / held_slots,
+    }
+
+
+def _scores_are_made_up(cluster: Cluster) -> bool:
+    """Return whether any policy may have judged by attention that no model computed."""
+    return any(replica.executor.num_synthetic > 0 for replica in cluster.replicas)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean and 95 % confidence half-width over seeds (Student's t)."""
+    found = np.asarray(values, np.float64)
+    if len(found) < 2:
+        return {"mean": float(found.mean()), "ci95": float("nan")}
+    error = float(found.std(ddof=1)) / np.sqrt(len(found))
+    return {"mean": float(found.mean()), "ci95": float(_student(len(found) - 1) * error)}
+
+
+def _student(freedom: int) -> float:
+    """Return the 97.5 % point of Student's t: exact table to 10, then an expansion to 1e-3."""
+    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    if freedom <= len(table):
+        return table[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,0 +1,282 @@
+"""The engine's loop under a virtual clock: one replica, many replicas, a whole workload."""
+
+import heapq
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
+from pagedkv.core.engine import Engine
+from pagedkv.core.leap import leap, quiet_steps
+from pagedkv.core.plan import StepOutput
+from pagedkv.core.request import Request, SamplingParams
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition, NeverFits
+from pagedkv.sim.cost import CostModel
+from pagedkv.sim.executor import CostExecutor
+from pagedkv.sim.recorder import Before, Recorder
+from pagedkv.sim.slo import Objective
+from pagedkv.sim.tenants import Tenants
+from pagedkv.sim.workload import SimRequest, Workload
+
+__all__ = ["ROUTES", "Cluster", "Replica"]
+
+_LONGEST_LEAP = 256
+_FEW = 2  # leaping over fewer steps costs as much as taking them
+
+
+class Replica:
+    """One simulated engine: the real scheduler, a cost model and a clock.
+
+    Args:
+        config: As for an engine; the model's vocabulary and end tokens are ignored, since a
+            simulated token means nothing and lengths are given.
+        cost: What a step takes.
+        leap: Take quiet steps as one. Nothing but the time it takes to simulate depends on it.
+        watch: Keep the phases of requests for a trace viewer.
+        executor: Carries plans out instead of the cost model: a `Recording`, for example.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cost: CostModel,
+        *,
+        slo: Objective | None = None,
+        leap: bool = True,
+        watch: bool = False,
+        executor: CostExecutor | None = None,
+    ) -> None:
+        config = with_fields(config, vocab_size=LARGEST_INT32, eos_token_ids=())
+        self.scheduler = Scheduler(config)
+        self.executor = executor or CostExecutor(cost, config.cache.block_size)
+        self.clock = 0.0
+        self.num_leaps = 0
+        self._leaps = leap
+        self._requests: dict[str, SimRequest] = {}
+        tenants = Tenants(self.scheduler.manager)
+        self.recorder = Recorder(self.scheduler, slo or Objective(), tenants, watch=watch)
+        self.executor.on_plan = self.recorder.planned
+        self.engine = Engine(self.scheduler, self.executor)
+        self.refused: Counter[str] = Counter()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is waiting or running."""
+        return self.scheduler.has_unfinished()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests waiting or running."""
+        return len(self._requests)
+
+    def add(self, request: SimRequest, name: str) -> bool:
+        """Hand a request to the scheduler; False if it refused it for good, which is counted."""
+        if not self.busy:
+            self.executor.clock = self.clock = max(self.clock, request.arrival)
+        try:
+            seq_ids = self.scheduler.add(
+                Request(
+                    request_id=name,
+                    prompt_token_ids=request.prompt.token_ids(),
+                    sampling=SamplingParams(
+                        max_tokens=request.output_len, seed=request.output_stream, ignore_eos=True
+                    ),
+                    priority=request.priority,
+                    tenant=request.tenant,
+                    arrival=request.arrival,
+                )
+            )
+        except NeverFits:
+            self.refused["larger than the pool"] += 1
+            return False
+        except InvalidRequest as fault:
+            long = "prompt_token_ids" in fault.where
+            self.refused["longer than the model takes" if long else "not accepted"] += 1
+            return False
+        self._requests[name] = request
+        self.recorder.add(seq_ids[0], request, name)
+        return True
+
+    def advance(self, until: float) -> list[SimRequest]:
+        """Step until the clock reaches ``until``, nothing is left, or requests have ended.
+
+        Returns:
+            The requests that ended in the last step.
+        """
+        ended: list[SimRequest] = []
+        while not ended and self.clock < until and self.busy:
+            if not (self._leaps and self._leap(until)):
+                ended = self._step()
+        return ended
+
+    def _step(self) -> list[SimRequest]:
+        plan, _, output = self.engine.step()
+        if not plan.num_tokens and not output.finished:
+            raise InvalidTransition(
+                "the scheduler has work and plans none of it", where=f"step {plan.step}"
+            )
+        self.clock = self.executor.clock
+        self.recorder.step(output, self.clock, self.executor.last if plan.num_tokens else 0.0)
+        return self._ended(output)
+
+    def _ended(self, output: StepOutput) -> list[SimRequest]:
+        return [self._requests.pop(end.request_id) for end in output.finished]
+
+    def _leap(self, until: float) -> bool:
+        """Take as many steps at once as surely are quiet before ``until``; False for none."""
+        scheduler = self.scheduler
+        steps = quiet_steps(scheduler, _LONGEST_LEAP)
+        if steps < _FEW:
+            return False
+        table, pool = scheduler.table, scheduler.manager.pool
+        resident = table.num_resident[:, table.running].astype(np.int64)
+        seconds = self.executor.decode_seconds(resident, steps, scheduler.totals.num_steps)
+        ends = np.cumsum(np.concatenate([[self.clock], seconds]))[1:]
+        steps = min(steps, int(np.searchsorted(ends, until)) + 1)
+        if steps < _FEW:
+            return False
+        blank = pool.num_available - pool.num_cached
+        before = Before(resident, pool.num_held, pool.num_cached, blank)
+        if not leap(scheduler, self.executor.decode_tokens(table, steps)):
+            return False
+        self.executor.clock = self.clock = float(ends[steps - 1])
+        self.recorder.leap(before, ends[:steps], seconds[:steps])
+        self.num_leaps += 1
+        return True
+
+
+def _round_robin(replicas: list[Replica], number: int) -> int:
+    return number % len(replicas)
+
+
+def _least_loaded(replicas: list[Replica], number: int) -> int:
+    del number
+    return min(range(len(replicas)), key=lambda i: (replicas[i].num_in_flight, i))
+
+
+ROUTES: dict[str, Callable[[list[Replica], int], int]] = {
+    "round_robin": _round_robin,
+    "least_loaded": _least_loaded,
+}
+"""How requests are dealt to replicas."""
+
+
+class Cluster:
+    """Replicas behind a router, and the users in front of it.
+
+    Args:
+        replicas: The engines.
+        route: A name of `ROUTES`.
+        max_concurrency: Users that send one request at a time: the next is held back, and counts
+            as arrived, only when another has ended. None sends everything when it is due.
+    """
+
+    def __init__(
+        self,
+        replicas: list[Replica],
+        *,
+        route: str = "round_robin",
+        max_concurrency: int | None = None,
+    ) -> None:
+        if route not in ROUTES:
+            raise ConfigError(
+                f"there is no way of routing {route!r}",
+                where="routing",
+                remedy=f"give one of {', '.join(ROUTES)}",
+            )
+        if not replicas:
+            raise ConfigError("there is no replica", where="replicas", remedy="give 1 or more")
+        if max_concurrency is not None and max_concurrency < 1:
+            raise ConfigError(
+                f"max_concurrency is {max_concurrency}",
+                where="max_concurrency",
+                remedy="give 1 or more, or leave it out",
+            )
+        self.replicas = replicas
+        self._route = ROUTES[route]
+        self._limit = max_concurrency or LARGEST_INT32
+        self._number = itertools.count()
+        self._due: list[tuple[float, int, SimRequest]] = []  # follow-ups, by time and order
+        self._tie = itertools.count()
+        self._held: deque[SimRequest] = deque()
+        self._in_flight = 0
+        self._feeds_back = True
+        self.num_unsent = 0
+
+    def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> None:
+        """Serve a workload to its end.
+
+        Args:
+            progress: Is told how many requests have ended, at every arrival and end.
+        """
+        done = 0
+        self._feeds_back = workload.closed_loop or self._limit < LARGEST_INT32
+        arrivals = iter(workload)
+        coming = next(arrivals, None)
+        while True:
+            follow = self._due[0][0] if self._due else np.inf
+            fresh = coming.arrival if coming is not None else np.inf
+            now = min(follow, fresh)
+            ended = self._advance(now)
+            if ended:
+                done += len(ended)
+                if progress is not None:
+                    progress(done)
+            elif np.isinf(now):
+                break
+            elif follow <= fresh:
+                self._offer(heapq.heappop(self._due)[2])
+            else:
+                assert coming is not None
+                self._offer(coming)
+                coming = next(arrivals, None)
+
+    def _offer(self, request: SimRequest) -> None:
+        if self._in_flight >= self._limit:
+            self._held.append(request)
+        else:
+            self._send(request)
+
+    def _send(self, request: SimRequest) -> None:
+        number = next(self._number)
+        replica = self.replicas[self._route(self.replicas, number)]
+        if replica.add(request, str(number)):
+            self._in_flight += 1
+        else:  # whoever was refused does not go on with the conversation
+            while request.then is not None:
+                request = request.then
+                self.num_unsent += 1
+
+    def _advance(self, now: float) -> list[SimRequest]:
+        """Run replicas up to ``now``, the one that is furthest behind first; who ended.
+
+        Stops at the first ends, since they may bring requests before ``now``.
+        """
+        while True:
+            behind = [r for r in self.replicas if r.busy and r.clock < now]
+            if not behind:
+                return []
+            replica = min(behind, key=lambda each: each.clock)
+            horizon = now
+            if len(behind) > 1 and self._feeds_back:
+                horizon = min(r.clock for r in behind if r is not replica)
+                horizon = max(horizon, np.nextafter(replica.clock, np.inf))
+            ended = replica.advance(horizon)
+            if ended:
+                for request in ended:
+                    self._follow(request, replica.clock)
+                return ended
+
+    def _follow(self, request: SimRequest, now: float) -> None:
+        """A request has ended: what its user does next, and who may come in its place."""
+        self._in_flight -= 1
+        if request.then is not None:
+            follow = msgspec.structs.replace(request.then, arrival=now + request.then.think)
+            heapq.heappush(self._due, (follow.arrival, next(self._tie), follow))
+        while self._held and self._in_flight < self._limit:
+            held = self._held.popleft()
+            self._send(msgspec.structs.replace(held, arrival=max(held.arrival, now)))

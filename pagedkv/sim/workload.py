@@ -1,0 +1,106 @@
+"""Who asks for what, and when: the input of a simulation."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+from msgspec import Struct
+
+from pagedkv.errors import TraceError
+from pagedkv.sim.content import Content
+
+__all__ = ["SimRequest", "Workload"]
+
+
+class SimRequest(Struct, kw_only=True, eq=False):
+    """One request of a workload.
+
+    Attributes:
+        arrival: Seconds since the simulation's start; of a follow-up, set when its turn comes.
+        prompt: What it says.
+        output_len: Tokens it generates, exactly.
+        output_stream: The stream its answer's tokens are from.
+        tenant: On whose account.
+        session: The conversation it is part of, if any.
+        priority: Lower is sooner.
+        think: Seconds between the end of the request before and this follow-up.
+        then: The follow-up, which arrives `think` seconds after this one has ended.
+    """
+
+    arrival: float
+    prompt: Content
+    output_len: int
+    output_stream: int
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
+    think: float = 0.0
+    then: "SimRequest | None" = None
+
+
+class Workload:
+    """A named stream of requests in order of arrival, read once per iteration.
+
+    Args:
+        name: What it is, for reports.
+        source: Makes a fresh iterator over the requests; they must come in order of arrival.
+        block_size: Tokens that one of the trace's own hashes stands for; 0 where it has none.
+        closed_loop: Whether requests have follow-ups.
+        skipped: Rows that were left out while reading, by reason; filled as the source is read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Callable[[], Iterable[SimRequest]],
+        *,
+        block_size: int = 0,
+        closed_loop: bool = False,
+        skipped: Counter[str] | None = None,
+    ) -> None:
+        self.name = name
+        self.block_size = block_size
+        self.closed_loop = closed_loop
+        self.skipped: Counter[str] = Counter() if skipped is None else skipped
+        self._source = source
+
+    def __iter__(self) -> Iterator[SimRequest]:
+        """Read from the start.
+
+        Raises:
+            TraceError: A request arrives before the one before it.
+        """
+        before = 0.0
+        for request in self._source():
+            if request.arrival < before:
+                raise TraceError(
+                    f"a request arrives at {request.arrival:g} s after one at {before:g} s",
+                    where=self.name,
+                    remedy="sort the requests by arrival",
+                )
+            before = request.arrival
+            yield request
+
+    def head(self, count: int | None) -> "Workload":
+        """Return the workload's first ``count`` arrivals; all of it for None."""
+        if count is None:
+            return self
+        return self._derived(lambda: itertools.islice(iter(self), count))
+
+    def faster(self, speedup: float) -> "Workload":
+        """Return the workload with arrivals ``speedup`` times as dense; think times stay."""
+        if speedup == 1:
+            return self
+
+        def source() -> Iterator[SimRequest]:
+            for request in self:
+                yield msgspec.structs.replace(request, arrival=request.arrival / speedup)
+
+        return self._derived(source)
+
+    def _derived(self, source: Callable[[], Iterable[SimRequest]]) -> "Workload":
+        # Iterating the derived one iterates this one, which counts what it skips: one counter.
+        made = Workload(self.name, source, block_size=self.block_size, closed_loop=self.closed_loop)
+        made.skipped = self.skipped
+        return made

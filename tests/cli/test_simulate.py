@@ -1,0 +1,123 @@
+"""``pagedkv simulate`` and ``pagedkv trace`` from the outside."""
+
+import json
+import re
+
+import pytest
+
+SMALL = ("simulate", "--num-prompts", "20", "--input-len", "60", "--output-len", "12")
+
+
+def results(cli, *flags):
+    code, out, _ = cli(*SMALL, *flags, "--output-json", "-")
+    assert code == 0
+    return json.loads(out)["runs"]
+
+
+def test_a_run_has_vllms_serving_keys(cli):
+    (run,) = results(cli)
+    wanted = {"duration", "completed", "failed", "total_input_tokens", "total_output_tokens"}
+    wanted |= {"request_throughput", "request_goodput", "output_throughput"}
+    wanted |= {"total_token_throughput", "max_concurrent_requests", "max_output_tokens_per_s"}
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        wanted |= {f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "p99")}
+    assert wanted <= run["summary"].keys()
+    assert run["summary"]["completed"] == 20
+    assert run["config"]["cache"]["block_size"] == 16
+
+
+def test_commas_sweep_every_combination_in_order(cli):
+    runs = results(cli, "--num-blocks", "100,200", "--reclaim", "lru,clairvoyant", "--jobs", "2")
+    assert [list(run["varied"].values()) for run in runs] == [
+        ["lru", 100],
+        ["lru", 200],
+        ["clairvoyant", 100],
+        ["clairvoyant", 200],
+    ]
+
+
+def test_seeds_give_an_interval(cli):
+    code, out, _ = cli(*SMALL, "--seed", "0,1,2", "--jobs", "1")
+    assert code == 0
+    assert "3 seeds: median_ttft_ms" in out
+    assert "±" in out
+
+
+def test_a_report_is_one_file_with_its_plots_inside(cli, tmp_path):
+    page = tmp_path / "report.html"
+    sweep = ("--workload", "tenants", "--num-blocks", "60,200", "--jobs", "1")
+    assert cli(*SMALL, *sweep, "--html", page).code == 0
+    text = page.read_text()
+    assert text.count("<svg") == 6
+    for title in ("Comparison", "Block occupancy over time", "Latencies, cumulated", "Tenants"):
+        assert f"<h2>{title}</h2>" in text
+    fetched = re.findall(r'(?:src|href)="(?!#)', text)
+    assert fetched == []
+    assert "<script" not in text
+
+
+def test_a_perfetto_trace_is_chromes_format(cli, tmp_path):
+    path = tmp_path / "trace.json"
+    assert cli(*SMALL, "--perfetto", path).code == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "X", "C"}
+    decode = [event for event in events if event["name"] == "decode"]
+    assert len(decode) == 20
+    assert all(event["dur"] >= 0 for event in decode)
+
+
+def test_capacity_is_searched(cli):
+    code, out, _ = cli(*SMALL, "--max-num-seqs", "2", "--goodput", "ttft:200", "--find", "capacity")
+    assert code == 0
+    assert "90% of requests are good up to" in out
+
+
+def test_requests_that_never_fit_are_failures(cli):
+    code, out, _ = cli(*SMALL, "--num-blocks", "2")
+    assert code == 1
+    assert "FAILED" in out
+    assert "larger than the pool" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--trace", "nowhere.jsonl"), "no such file"),
+        (("--goodput", "ttft"), "goodput"),
+        (("--find", "capacity"), "give --goodput"),
+        (("--find", "blocks", "--goodput", "ttft:0.001"), "not met even with"),
+        (("--request-rate", "0"), "above 0"),
+        (("--input-len", "0"), "lengths"),
+        (("--hardware", "abacus"), "invalid choice"),
+        (("--hardware", "a100-llama3-8b,abacus"), "invalid choice"),
+        (("--num-blocks", "1,x"), "'x' is not a whole number"),
+        (("--cost-json", "nowhere.json"), "not a cost model"),
+        (("--perfetto", "p.json", "--seed", "0,1"), "trace a single run"),
+        (("--reclaim", "clairvoyant", "--replicas", "2"), "one replica"),
+        (("--workload", "tenants", "--num-tenants", "0"), "num_tenants"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(refused, flags, match):
+    assert match in refused(*SMALL, *flags)
+
+
+def test_a_trace_is_made_looked_at_and_converted(cli, tmp_path):
+    made, table = tmp_path / "made.jsonl", tmp_path / "table.csv"
+    assert cli("trace", "generate", "tool-agent", "--num-prompts", 25, "--output", made).code == 0
+    code, out, _ = cli("trace", "stats", made, "--output-json", "-")
+    assert code == 0
+    stats = json.loads(out)
+    assert (stats["num_requests"], stats["num_tenants"]) == (25, 3)
+    assert cli("trace", "convert", made, "--to", "azure", "--output", table).code == 0
+    assert cli("trace", "stats", table, "--format", "azure").lines[1].split()[-1] == "25"
+
+
+def test_skipped_rows_are_told(cli, tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:17:03.0,30,4\n2023-11-16 18:17:04.0,30,0\n"
+    )
+    flags = ("simulate", "--trace", path, "--format", "azure")
+    assert "trace.csv:3: GeneratedTokens is less than 1" in cli(*flags).err
+    assert "skipped 1 (GeneratedTokens is less than 1)" in cli(*flags, "--on-error", "skip").out

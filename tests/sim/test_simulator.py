@@ -1,0 +1,260 @@
+"""The simulated engine: hand-computed clocks, leaps that change nothing, users that wait."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import pagedkv
+from pagedkv import ConfigError, TraceError
+from pagedkv.sim.cost import StepWork
+from pagedkv.sim.generators import Lengths, random_requests, sessions, tenants
+from pagedkv.sim.presets import cost_preset
+from pagedkv.sim.recorder import LATENCIES
+from pagedkv.sim.simulator import Replica
+from pagedkv.sim.slo import objective
+from tests.sim.workloads import config, listed, request
+
+COST = cost_preset("a100-llama3-8b")
+
+
+def prefill(tokens, history=0):
+    pairs = tokens * (history + tokens / 2)
+    work = StepWork(
+        num_tokens=tokens, context_tokens=history + tokens, attention_pairs=float(pairs)
+    )
+    return float(COST.seconds(work))
+
+
+def decode(context):
+    work = StepWork(num_tokens=1, context_tokens=context, attention_pairs=context - 0.5)
+    return float(COST.seconds(work))
+
+
+def test_one_request_takes_the_sum_of_its_steps():
+    found = pagedkv.simulate(config(), listed(request(2.0, 100, 3, 0)))
+    first = prefill(64) + prefill(36, 64)
+    rest = decode(101) + decode(102)
+    assert found.summary["mean_ttft_ms"] == pytest.approx(1000 * first)
+    assert found.summary["mean_e2el_ms"] == pytest.approx(1000 * (first + rest))
+    assert found.summary["mean_tpot_ms"] == pytest.approx(1000 * rest / 2)
+    assert found.summary["duration"] == pytest.approx(2 + first + rest)
+    assert found.summary["num_steps"] == 4
+    assert found.latency["itl"].count == 2
+
+
+def test_whoever_comes_during_a_step_is_served_from_the_next():
+    late = prefill(10) / 2
+    found = pagedkv.simulate(config(), listed(request(0.0, 10, 1, 0), request(late, 20, 1, 1)))
+    second = prefill(10) - late + prefill(20)
+    assert found.latency["ttft"].greatest == pytest.approx(second)
+    assert found.latency["queue"].greatest == pytest.approx(prefill(10) - late)
+
+
+def outcome(found):
+    """All that a leap could change, and the sums whose order of addition it does change."""
+    exact = {
+        name: found.summary[name]
+        for name in found.summary
+        if name.startswith(("p", "median", "num_", "total", "completed", "failed", "re", "max"))
+        and name not in ("num_leaps", "peak_kv_cache_usage")
+    }
+    close = [found.occupancy.means[name] for name in found.occupancy.names]
+    close += [found.latency[name].mean for name in LATENCIES]
+    close += [row["mean_blocks_held"] for row in found.tenants.values()]
+    counts = [
+        (name, row["requests"], row["evictions_caused_to_others"], row["preemptions"])
+        for name, row in found.tenants.items()
+    ]
+    return exact, close, counts
+
+
+def make_workload(kind, seed, rate):
+    lengths = {
+        "input_len": Lengths(30, "lognormal", 1.0),
+        "output_len": Lengths(25, "lognormal", 1.0),
+    }
+    if kind == "sessions":
+        return sessions(num_prompts=40, rate=rate, think=0.5, prefix_len=24, seed=seed, **lengths)
+    if kind == "tenants":
+        return tenants(
+            num_prompts=40, rate=rate, num_tenants=3, prefix_len=24, seed=seed, **lengths
+        )
+    return random_requests(num_prompts=40, rate=rate, seed=seed, **lengths)
+
+
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@given(
+    kind=st.sampled_from(["random", "tenants", "sessions"]),
+    seed=st.integers(0, 1000),
+    rate=st.sampled_from([1.0, 5.0, 40.0, math.inf]),
+    num_blocks=st.sampled_from([60, 90, 150, 2000]),
+    reclaim=st.sampled_from(["lru", "fifo", "lfu", "slru"]),
+    max_num_seqs=st.sampled_from([2, 8]),
+    replicas=st.sampled_from([1, 1, 2]),
+    max_concurrency=st.sampled_from([None, None, 3]),
+)
+def test_leaps_change_nothing(
+    kind, seed, rate, num_blocks, reclaim, max_num_seqs, replicas, max_concurrency
+):
+    setup = config(num_blocks, reclaim=reclaim, max_num_seqs=max_num_seqs)
+    options = {"replicas": replicas, "max_concurrency": max_concurrency}
+    slow = pagedkv.simulate(setup, make_workload(kind, seed, rate), leap=False, **options)
+    fast = pagedkv.simulate(setup, make_workload(kind, seed, rate), leap=True, **options)
+    assert slow.summary["num_leaps"] == 0
+    slow_exact, slow_close, slow_counts = outcome(slow)
+    fast_exact, fast_close, fast_counts = outcome(fast)
+    assert fast_exact == slow_exact
+    assert fast_counts == slow_counts
+    assert fast_close == pytest.approx(slow_close)
+
+
+def test_leaps_are_taken():
+    found = pagedkv.simulate(config(), listed(request(0, 10, 200, 0), request(0, 10, 200, 1)))
+    assert found.summary["num_leaps"] > 0
+    assert found.summary["num_steps"] == 200
+
+
+def test_the_pool_after_leaps_holds_what_it_holds_after_steps():
+    states = []
+    for leap in (False, True):
+        replica = Replica(config(90), COST, leap=leap)
+        for number, each in enumerate(make_workload("random", 3, 20.0)):
+            replica.add(each, str(number))
+        replica.advance(math.inf)
+        while replica.busy:
+            replica.advance(math.inf)
+        replica.scheduler.audit()
+        index = replica.scheduler.manager.index
+        order = replica.scheduler.manager.pool.cached.all().tolist()
+        states.append([(block, index.digest_of(block)) for block in order])
+    assert states[0] == states[1]
+
+
+def test_everything_asked_is_served_or_counted():
+    huge = request(0.5, 5000, 4, 9)
+    found = pagedkv.simulate(config(), listed(request(0, 10, 5, 0), huge, request(1, 10, 5, 1)))
+    assert found.summary["completed"] == 2
+    assert found.summary["failed"] == 1
+    assert found.summary["refused"] == {"larger than the pool": 1}
+
+
+def test_a_refused_turn_takes_its_follow_ups_along_and_they_are_counted():
+    last = request(0, 10, 4, 3, think=1.0)
+    second = request(0, 5000, 4, 2, think=1.0, then=last)
+    first = request(0, 10, 4, 1, then=second)
+    found = pagedkv.simulate(config(), listed(first, closed_loop=True))
+    assert found.summary["completed"] == 1
+    assert found.summary["failed"] == 1
+    assert found.summary["unsent_follow_ups"] == 1
+
+
+def test_a_follow_up_comes_its_think_time_after_the_answer():
+    second = request(0, 30, 1, 2, think=7.0)
+    first = request(0, 10, 4, 1, then=second)
+    found = pagedkv.simulate(config(), listed(first, closed_loop=True))
+    ended = prefill(10) + sum(decode(c) for c in (11, 12, 13))
+    assert found.summary["duration"] == pytest.approx(ended + 7 + prefill(30))
+    assert found.latency["queue"].greatest == 0
+
+
+def test_few_users_wait_for_their_answers():
+    asks = [request(0.0, 10, 4, key) for key in range(6)]
+    found = pagedkv.simulate(config(), listed(*asks), max_concurrency=2)
+    assert found.summary["max_concurrent_requests"] == 2
+    assert found.summary["completed"] == 6
+    assert found.occupancy.peaks["running"] == 2
+
+
+def test_a_conversation_finds_its_own_history_in_the_cache():
+    lengths = {"input_len": Lengths(40), "output_len": Lengths(40)}
+    talk = sessions(num_prompts=30, rate=1.0, turns=30, think=1.0, prefix_len=0, **lengths)
+    found = pagedkv.simulate(config(4000), talk)
+    assert found.summary["prefix_cache_hit_rate"] > 0.7
+
+
+def test_replicas_share_the_load():
+    asks = [request(0.0, 40, 20, key) for key in range(16)]
+    one = pagedkv.simulate(config(), listed(*asks), routing="least_loaded")
+    four = pagedkv.simulate(config(), listed(*asks), replicas=4, routing="least_loaded")
+    assert four.summary["completed"] == one.summary["completed"] == 16
+    assert four.summary["duration"] < one.summary["duration"]
+    assert four.summary["num_blocks"] == 4 * one.summary["num_blocks"]
+
+
+def test_goodput_counts_requests_that_keep_every_bound():
+    asks = listed(request(0, 10, 5, 0), request(0, 60, 5, 1), request(5, 10, 5, 2))
+    alone = prefill(10)
+    found = pagedkv.simulate(config(), asks, slo=objective([f"ttft:{alone * 1000 + 0.01}"]))
+    assert found.summary["good_fraction"] == pytest.approx(1 / 3)
+    assert found.summary["request_goodput"] == pytest.approx(1 / found.summary["duration"])
+
+
+def test_evictions_are_charged_to_the_tenant_that_took_the_blocks():
+    steady = request(0.0, 40, 2, 0, tenant="quiet")
+    flood = [request(10.0 + i, 160, 2, 10 + i, tenant="loud") for i in range(4)]
+    found = pagedkv.simulate(config(60), listed(steady, *flood))
+    loud, quiet = found.tenants["loud"], found.tenants["quiet"]
+    assert loud["evictions_caused_to_others"] == 10
+    assert quiet["evictions_suffered_from_others"] == 10
+    assert quiet["evictions_caused_to_others"] == 0
+
+
+def test_scores_are_said_to_be_made_up():
+    talk = listed(request(0, 200, 50, 0))
+    plain = pagedkv.simulate(config(), talk)
+    judged = pagedkv.simulate(config(eviction="sinks=4 + recent=16 + heavy=32:sum"), talk)
+    assert plain.summary["synthetic_scores"] is False
+    assert judged.summary["synthetic_scores"] is True
+    assert judged.occupancy.peaks["held"] < plain.occupancy.peaks["held"]
+
+
+def test_preempted_requests_are_served_and_counted():
+    asks = [request(0.0, 40, 60, key) for key in range(6)]
+    found = pagedkv.simulate(config(60), listed(*asks), watch=True)
+    assert found.summary["num_preemptions"] > 0
+    assert found.summary["completed"] == 6
+    assert found.latency["itl"].count == 6 * 59
+    assert {phase.kind for phase in found.phases[0]} == {"queued", "prefill", "decode", "preempted"}
+    assert all(phase.end >= phase.begin for phase in found.phases[0])
+
+
+def test_unsorted_arrivals_are_refused():
+    with pytest.raises(TraceError, match="arrives at 1 s after one at 2 s"):
+        pagedkv.simulate(config(), listed(request(2, 5, 5, 0), request(1, 5, 5, 1)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"routing": "magic"}, {"max_concurrency": 0}, {"cost": "abacus"}, {"replicas": 0}]
+)
+def test_nonsense_is_refused(options):
+    with pytest.raises(ConfigError):
+        pagedkv.simulate(config(), listed(request(0, 5, 5, 0)), **options)
+
+
+@pytest.mark.parametrize("words", [["ttft"], ["ttft:0"], ["ttft:1", "ttft:2"], ["speed:3"]])
+def test_bounds_that_cannot_be_read_are_refused(words):
+    with pytest.raises(ConfigError, match="goodput"):
+        objective(words)
+
+
+def test_equal_runs_are_equal():
+    runs = [pagedkv.simulate(config(90), make_workload("tenants", 5, 9.0)) for _ in range(2)]
+    assert msgspec.json.encode(runs[0].to_json()) == msgspec.json.encode(runs[1].to_json())
+
+
+def test_memory_does_not_grow_with_the_number_of_requests():
+    replica = Replica(config(), COST)
+    lengths = {"input_len": Lengths(8), "output_len": Lengths(3)}
+    for number, each in enumerate(random_requests(num_prompts=500, rate=50.0, **lengths)):
+        while replica.busy and replica.clock < each.arrival:
+            replica.advance(each.arrival)
+        replica.add(each, str(number))
+    recorder = replica.recorder
+    assert len(recorder._lives) < 20
+    assert len(replica._requests) < 20
+    assert not recorder.phases
+    assert np.isfinite(recorder.latency["ttft"].percentile(99))
