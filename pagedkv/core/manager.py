@@ -198,6 +198,7 @@ class BlockManager:
             first, end = before // self.block_size, after // self.block_size
             # A block is publishable only if every token before it was resident when it was made.
             sealed = (first != end) & (self.table.num_evicted[rows] == 0)
+            sealed &= self.table.publishes[rows]
             if sealed.any():
                 one = sealed & (end - first == 1) & (self._events is None)
                 self._publish_one(rows[one], first[one])
@@ -375,7 +376,8 @@ class BlockManager:
         self._unpublish(ids[self.index.findable(ids)])
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; blocks that sequences hold stay theirs."""
+        """Forget every cached prefix; blocks that sequences hold stay theirs, and unfindable."""
+        self.table.publishes[:] = False
         self.pool.forget(self.index.clear())
         if self._events is not None:
             self._events.append(AllBlocksCleared())

@@ -26,6 +26,7 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "drawn_tokens",
+    "not_finite",
 ]
 
 
@@ -268,3 +269,13 @@ def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[A
             remedy="answer every prompt target of the plan, in order",
         )
     return drawn
+
+
+def not_finite(plan: StepPlan, result: StepResult) -> Bool:
+    """Return which of the plan's sequences were observed to be no finite numbers: [B]."""
+    wrong: Bool = np.zeros(len(plan.rows), np.bool_)
+    for wanted, seen in zip(plan.observations, result.observed, strict=True):
+        for values in (seen.values, seen.mass):
+            if not np.isfinite(values.sum()):  # one pass; which of them it is, is rarely asked
+                wrong[wanted.members] |= ~np.isfinite(values).all(axis=(0, 2))
+    return wrong

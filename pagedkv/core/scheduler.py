@@ -1,10 +1,7 @@
 """Requests in, step plans out: continuous batching with chunked prefill under a token budget."""
 
-from typing import Any
-
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
@@ -13,7 +10,7 @@ from pagedkv.core.bounds import most_blocks, usable_prefix
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
 from pagedkv.core.manager import BlockManager
-from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens
+from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, not_finite
 from pagedkv.core.planner import build_plan
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue, urgency
@@ -246,7 +243,7 @@ class Scheduler:
         """Take in what a plan's execution gave; sequences aborted meanwhile are passed over.
 
         A drawn token outside the vocabulary, such as -1, says that the draw failed: that sequence
-        ends with an error.
+        ends with an error. So does one that was observed to attend to no finite numbers.
 
         Raises:
             InvalidTransition: The plan is not the outstanding one, or the result is not one whole
@@ -259,11 +256,14 @@ class Scheduler:
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
         counts = np.diff(plan.query_start)
         self._charge(plan.rows[alive], counts[alive])
-        self.retention.observe(plan, result, alive)
+        broken = alive & not_finite(plan, result)
+        self.retention.observe(plan, result, alive & ~broken)
         self.manager.advance(plan.rows[alive], counts[alive])
         self._preempt(self.retention.evict(plan.rows[alive]))
         self._roster.fork_finished_prompts()
-        self._end_failed(plan, drawn)
+        failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
+        self._end_failed(plan.sample_rows[failed], "the model's logits were not finite")
+        self._end_failed(plan.rows[broken], "what it attended to was not finite")
         sample = np.flatnonzero(self.table.runs[plan.sample_rows])
         rows, token_ids = plan.sample_rows[sample], drawn[sample].astype(np.int32)
         seq_ids = self.table.seq_id[rows]
@@ -316,14 +316,12 @@ class Scheduler:
                 remedy="commit every plan once, in order, to the scheduler that made it",
             )
 
-    def _end_failed(self, plan: StepPlan, drawn: npt.NDArray[np.integer[Any]]) -> None:
-        """End the sequences whose draw gave no token of the vocabulary; the rest goes on."""
-        failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
-        rows = plan.sample_rows[failed]
+    def _end_failed(self, rows: Int32, why: str) -> None:
+        """End the sequences of rows that still run, for a fault of the model; the rest goes on."""
         for row in rows[self.table.runs[rows]].tolist():
             seq = self.table.sequences[row]
             assert seq is not None
-            error = f"request {seq.request.request_id!r}: the model's logits were not finite"
+            error = f"request {seq.request.request_id!r}: {why}"
             self.manager.disown(row)  # whoever begins alike computes its own
             self._roster.finished += self._roster.end(seq, "error", error=error)
 
@@ -379,8 +377,14 @@ class Scheduler:
         return self.manager.take_events()
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; running sequences are not disturbed."""
+        """Forget every cached prefix; running sequences are not disturbed.
+
+        Nothing that was computed before, and nothing computed from it, is ever found again.
+        """
         self.manager.reset_prefix_cache()
+        for seq in self._roster.waiting:
+            if seq.swapped is not None:
+                seq.swapped.progress["publishes"][...] = False
 
     def audit(self) -> None:
         """Check every invariant of every owner of state; AssertionError names the broken one."""

@@ -25,6 +25,7 @@ PROGRESS_COLUMNS = (
     "forfeited",
     "left_out",
     "replay_until",
+    "publishes",
 )
 
 
@@ -42,6 +43,7 @@ class SequenceTable:
         urgency: Its priority and age as one number; lower is more urgent.
         tenant: Its request's tenant as a number.
         evicts: Whether its policy can forget anything.
+        publishes: Whether its blocks may be found: not if it began before the cache was reset.
         forked: Whether it was forked, or forked from: it may share a block that is not full.
         token_ids: [rows, width] Known tokens.
         next_position: The position that the next token's query and key are rotated to.
@@ -75,6 +77,7 @@ class SequenceTable:
         self.max_blocks: Int32 = np.zeros(rows, np.int32)
         self.urgency: Int64 = np.zeros(rows, np.int64)
         self.evicts: Bool = np.zeros(rows, np.bool_)
+        self.publishes: Bool = np.ones(rows, np.bool_)
         self.forked: Bool = np.zeros(rows, np.bool_)
         self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
@@ -150,6 +153,7 @@ class SequenceTable:
         self.urgency[row] = seq.urgency
         self.evicts[row] = seq.policy.evicts
         self.forked[row] = False
+        self.publishes[row] = True
         self.tenant[row] = seq.tenant_id
         self._bind_stops(row, stop_ids)
         for name, column in self.sampling.items():

@@ -25,7 +25,14 @@ ROWS = 4
 
 
 def make_config(
-    block_size=4, num_blocks=64, *, model=None, prefix_caching=True, events=False, **scheduler
+    block_size=4,
+    num_blocks=64,
+    *,
+    model=None,
+    prefix_caching=True,
+    events=False,
+    num_cpu_blocks=0,
+    **scheduler,
 ):
     scheduler = {"max_num_seqs": 8, "max_num_batched_tokens": 64} | scheduler
     return EngineConfig(
@@ -35,6 +42,7 @@ def make_config(
             num_blocks=num_blocks,
             enable_prefix_caching=prefix_caching,
             enable_kv_cache_events=events,
+            num_cpu_blocks=num_cpu_blocks,
         ),
         scheduler=SchedulerConfig(**scheduler),
     )

@@ -8,6 +8,7 @@ import pytest
 
 from pagedkv import ConfigError, InvalidTransition, Scheduler, StepResult
 from pagedkv.core.plan import Observed
+from tests.core.answers import answer
 from tests.core.fakes import VOCAB, Driver, alone, make_config, make_manager, make_request
 from tests.core.refusals import snapshot, unharmed
 
@@ -95,6 +96,25 @@ def test_observations_of_another_shape_are_refused_and_the_right_ones_still_take
         )
     assert pickle.dumps(scheduler) == before
     scheduler.commit(plan, StepResult(token_ids=token_ids, observed=[seen]))
+
+
+@pytest.mark.parametrize("which", ["values", "mass"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_sequence_that_attends_to_no_finite_numbers_ends_alone(which, wrong):
+    scheduler = Scheduler(make_config(4, 20))
+    for name in ("sound", "broken"):
+        request = make_request(name, 14, max_tokens=2)
+        scheduler.add(msgspec.structs.replace(request, eviction="sinks=4 + recent=4 + heavy=8"))
+    plan = scheduler.schedule()
+    right = answer(plan)
+    getattr(right.observed[0], which)[:, 1, 0] = wrong
+    (end,) = scheduler.commit(plan, right).finished
+    assert (end.request_id, end.finish_reason) == ("broken", "error")
+    assert "not finite" in end.error
+    plan = scheduler.schedule()
+    (end,) = scheduler.commit(plan, answer(plan)).finished
+    assert (end.request_id, end.finish_reason) == ("sound", "length")
+    assert np.isfinite(end.forfeited_mass)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**31 - 1])

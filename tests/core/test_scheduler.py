@@ -94,6 +94,23 @@ def test_more_groups_hit_the_same_tokens():
     assert driver.finished["again", 0].num_cached_tokens == 48
 
 
+def test_after_a_reset_running_and_swapped_sequences_publish_nothing():
+    config = make_config(4, 12, num_cpu_blocks=40)
+    driver = Driver(config)
+    for i in range(4):
+        driver.add(make_request(f"r{i}", [i] * 9, max_tokens=14))
+    while not stats(driver).num_swapped_out:
+        driver.step()
+    driver.scheduler.reset_prefix_cache()
+    driver.run()
+    swapped = [name for (name, _), end in driver.finished.items() if end.num_swaps]
+    for name in swapped:
+        prompt = [*driver.requests[name].prompt_token_ids, *driver.finished[name, 0].token_ids]
+        driver.run(make_request(f"{name} again", prompt, max_tokens=1))
+        assert driver.finished[f"{name} again", 0].num_cached_tokens == 0
+    assert swapped
+
+
 # The token budget
 
 
