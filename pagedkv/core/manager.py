@@ -196,9 +196,7 @@ class BlockManager:
         self.table.next_position[rows] += counts
         if self.enable_prefix_caching:
             first, end = before // self.block_size, after // self.block_size
-            # A block is publishable only if every token before it was resident when it was made.
-            sealed = (first != end) & (self.table.num_evicted[rows] == 0)
-            sealed &= self.table.publishes[rows]
+            sealed = (first != end) & self.table.publishable(rows)
             if sealed.any():
                 one = sealed & (end - first == 1) & (self._events is None)
                 self._publish_one(rows[one], first[one])

@@ -178,6 +178,15 @@ class SequenceTable:
         self.running = np.append(self.running, np.int32(row))
         self.runs[row] = True
 
+    def publishable(self, rows: Int32) -> Bool:
+        """Return whether what rows compute may be found: [B].
+
+        Only if every token before it was resident when it was computed, and none of it is from
+        before the cache was reset.
+        """
+        may: Bool = self.publishes[rows] & (self.num_evicted[rows] == 0)
+        return may
+
     def release(self, rows: Int32) -> None:
         """Free rows; their blocks must have been released before."""
         self.seq_id[rows] = FREE
