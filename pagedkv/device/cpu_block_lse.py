@@ -34,12 +34,10 @@ from .simd import (
     Number,
     Vector,
     add,
-    exp2,
     get,
     highest,
     kernel,
     load,
-    log2,
     maximum,
     mul,
     put,
@@ -49,6 +47,7 @@ from .simd import (
     sub,
     total,
 )
+from .simd_math import exp2, log2
 
 
 @kernel

@@ -189,7 +189,7 @@ _PARTS = ("layout", "block_lse", "narrow", "wide", "kernel")
 def _source_digest() -> str:
     """A hash of the kernel's files: numba's disk cache looks at one of them only."""
     here = Path(__file__).parent
-    files = [here / "simd.py", *(here / f"cpu_{part}.py" for part in _PARTS)]
+    files = [here / "simd.py", here / "simd_math.py", *(here / f"cpu_{part}.py" for part in _PARTS)]
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -46,7 +46,6 @@ from .simd import (
     Number,
     Sample,
     add,
-    exp2,
     fma,
     get,
     highest,
@@ -68,6 +67,7 @@ from .simd import (
     total,
     width,
 )
+from .simd_math import exp2
 
 AHEAD = 8  # keys between the rows asked for and the rows in use
 

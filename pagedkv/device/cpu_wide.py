@@ -42,7 +42,6 @@ from .simd import (
     Sample,
     Vector,
     add,
-    exp2,
     fma,
     get,
     kernel,
@@ -60,6 +59,7 @@ from .simd import (
     sub,
     width,
 )
+from .simd_math import exp2
 
 
 @kernel

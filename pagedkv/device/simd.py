@@ -26,8 +26,8 @@ LANES = 16 if _FEATURES.get("avx512f") else 8
 HAS_HALF = bool(_FEATURES.get("f16c")) or _TRIPLE.startswith(("aarch64", "arm64"))
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VEC = ir.VectorType(_F32, LANES)
-_VEC_I32 = ir.VectorType(_I32, LANES)
+VEC = ir.VectorType(_F32, LANES)
+VEC_I32 = ir.VectorType(_I32, LANES)
 # Pointers lost their element type, and intrinsics' names the suffix for it, in LLVM 17.
 _TYPED_POINTERS = llvm.llvm_version_info[0] < 17
 
@@ -54,17 +54,18 @@ VECTOR = _Vector()
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _VEC)
+        super().__init__(manager, kind, VEC)
 
 
-def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
     """Call an LLVM intrinsic."""
     kind = ir.FunctionType(result, [a.type for a in args])
     known = builder.module.globals.get(name)
     return builder.call(known or ir.Function(builder.module, kind, name), args)
 
 
-def _vec(name: str) -> str:
+def intrinsic_name(name: str) -> str:
+    """What LLVM calls an operation on vectors."""
     return f"llvm.{name}.v{LANES}f32"
 
 
@@ -80,12 +81,14 @@ def _named(kind: Any) -> str:
     return f"v{LANES}{'f32' if kind.element is _F32 else f'i{kind.element.width}'}"
 
 
-def _const(value: float) -> Any:
-    return ir.Constant(_VEC, [ir.Constant(_F32, value)] * LANES)
+def const(value: float) -> Any:
+    """The same fp32 number in every lane."""
+    return ir.Constant(VEC, [ir.Constant(_F32, value)] * LANES)
 
 
-def _const_int(values: list[int]) -> Any:
-    return ir.Constant(_VEC_I32, [_I32(v) for v in values])
+def const_int(values: list[int]) -> Any:
+    """One int32 for each lane."""
+    return ir.Constant(VEC_I32, [_I32(v) for v in values])
 
 
 def _broadcast(builder: Any, scalar: Any, kind: Any) -> Any:
@@ -96,8 +99,8 @@ def _broadcast(builder: Any, scalar: Any, kind: Any) -> Any:
 
 def _first(builder: Any, count: Any) -> Any:
     """The mask of the first `count` (i64) lanes."""
-    limit = _broadcast(builder, builder.trunc(count, _I32), _VEC_I32)
-    return builder.icmp_signed("<", _const_int(list(range(LANES))), limit)
+    limit = _broadcast(builder, builder.trunc(count, _I32), VEC_I32)
+    return builder.icmp_signed("<", const_int(list(range(LANES))), limit)
 
 
 def _pointer(builder: Any, address: Any, element: Any) -> Any:
@@ -125,7 +128,7 @@ def _widen(builder: Any, sample: Any, raw: Any, lanes: int) -> Any:
     return builder.bitcast(builder.shl(high, sixteen), shape(_F32))
 
 
-def _operation(count: int, emit: Callable[..., Any], result: Any = VECTOR) -> Any:
+def operation(count: int, emit: Callable[..., Any], result: Any = VECTOR) -> Any:
     """An intrinsic that takes `count` vectors."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -162,7 +165,7 @@ def load_n(_typing: Any, sample: Any, address: Any, count: Any) -> Any:
         align = _I32(min(2, sample.bitwidth // 8))
         args_ = [_pointer(builder, args[1], kind), align, _first(builder, args[2])]
         name = f"llvm.masked.load.{_named(kind)}."
-        raw = _call(builder, name + _suffix(kind), kind, [*args_, ir.Constant(kind, None)])
+        raw = call(builder, name + _suffix(kind), kind, [*args_, ir.Constant(kind, None)])
         return _widen(builder, sample, raw, LANES)
 
     return VECTOR(sample, types.int64, types.int64), codegen
@@ -243,7 +246,7 @@ def store(_typing: Any, address: Any, value: Any) -> Any:
     """Write LANES fp32 values at `address`."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], _VEC), align=4)
+        builder.store(args[1], _pointer(builder, args[0], VEC), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTOR), codegen
@@ -255,7 +258,7 @@ def prefetch(_typing: Any, address: Any) -> Any:
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer = _pointer(builder, args[0], ir.IntType(8))
-        _call(
+        call(
             builder,
             "llvm.prefetch.p0" + "i8" * _TYPED_POINTERS,
             ir.VoidType(),
@@ -282,16 +285,16 @@ def splat(_typing: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number = context.cast(builder, args[0], signature.args[0], types.float32)
-        return _broadcast(builder, number, _VEC)
+        return _broadcast(builder, number, VEC)
 
     return VECTOR(value), codegen
 
 
-add = _operation(2, lambda b, x, y: b.fadd(x, y))
-sub = _operation(2, lambda b, x, y: b.fsub(x, y))
-mul = _operation(2, lambda b, x, y: b.fmul(x, y))
-fma = _operation(3, lambda b, x, y, z: _call(b, _vec("fma"), _VEC, [x, y, z]))
-maximum = _operation(2, lambda b, x, y: _larger(b, x, y))
+add = operation(2, lambda b, x, y: b.fadd(x, y))
+sub = operation(2, lambda b, x, y: b.fsub(x, y))
+mul = operation(2, lambda b, x, y: b.fmul(x, y))
+fma = operation(3, lambda b, x, y, z: call(b, intrinsic_name("fma"), VEC, [x, y, z]))
+maximum = operation(2, lambda b, x, y: _larger(b, x, y))
 
 
 @_lowered
@@ -380,43 +383,3 @@ def _transpose_add(builder: Any, quads: list[Any]) -> Any:
 
     a, b, c, d = quads
     return pair(pair(a, b), pair(c, d))
-
-
-# A minimax fit of 2**f on [-0.5, 0.5], lowest degree first; relative error below 2e-9.
-_EXP2 = (1.0, 0.69314718, 0.24022646, 0.055503286, 0.009618489, 0.0013399932, 0.00015345799)
-
-
-def _emit_exp2(builder: Any, x: Any) -> Any:
-    # Below -126 the result would be subnormal: it becomes an exact 0. NaN fails the test and stays.
-    tiny = builder.fcmp_ordered("<", x, _const(-126.0))
-    x = builder.select(tiny, _const(-126.0), x)
-    whole = _call(builder, _vec("rint"), _VEC, [x])
-    fraction = builder.fsub(x, whole)
-    value = _const(_EXP2[-1])
-    for coefficient in reversed(_EXP2[:-1]):
-        value = _call(builder, _vec("fma"), _VEC, [value, fraction, _const(coefficient)])
-    exponent = builder.shl(builder.fptosi(whole, _VEC_I32), _const_int([23] * LANES))
-    scaled = builder.bitcast(builder.add(builder.bitcast(value, _VEC_I32), exponent), _VEC)
-    return builder.select(tiny, _const(0.0), scaled)
-
-
-def _emit_log2(builder: Any, x: Any) -> Any:
-    # x = m * 2**e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh((m - 1) / (m + 1)).
-    bits = builder.bitcast(x, _VEC_I32)
-    moved = builder.sub(bits, _const_int([0x3F3504F3] * LANES))
-    exponent = builder.ashr(moved, _const_int([23] * LANES))
-    m = builder.sub(bits, builder.shl(exponent, _const_int([23] * LANES)))
-    m = builder.bitcast(m, _VEC)
-    t = builder.fdiv(builder.fsub(m, _const(1.0)), builder.fadd(m, _const(1.0)))
-    square = builder.fmul(t, t)
-    series = _const(2.885390082 / 9)
-    for odd in (7, 5, 3, 1):
-        series = _call(builder, _vec("fma"), _VEC, [series, square, _const(2.885390082 / odd)])
-    whole = builder.sitofp(exponent, _VEC)
-    value = _call(builder, _vec("fma"), _VEC, [series, t, whole])
-    positive = builder.fcmp_unordered(">", x, _const(0.0))
-    return builder.select(positive, value, _const(float("-inf")))
-
-
-exp2 = _operation(1, _emit_exp2)
-log2 = _operation(1, _emit_log2)
