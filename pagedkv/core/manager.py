@@ -239,15 +239,10 @@ class BlockManager:
         table, groups = self.table, np.arange(self.num_groups)
         # Blocks that left a sliding window without loss moved the later ones forward.
         gone = (table.num_computed[row] - table.num_resident[:, row]) // self.block_size
-        fresh = [
-            i
-            for i in range(first, full)
-            if self.index.insert(seq.hashes[i], table.block_table[groups, row, i - gone])
-        ]
-        if fresh:
-            at = np.array(fresh)[:, None] - gone
-            stored = table.block_table[groups, row, at]
-            self.pool.cached.stored(stored.ravel(), seq.request.priority)
+        blocks = table.block_table[groups, row, np.arange(first, full)[:, None] - gone]
+        new = self.index.insert_many(seq.hashes[first:full], blocks)
+        fresh = [first + i for i in new]
+        self.pool.cached.stored(blocks[new].ravel(), seq.request.priority)
         if self._events is not None:
             for begin, end in runs(fresh):
                 self._events.append(self._stored(row, seq.hashes, begin, end))

@@ -207,11 +207,17 @@ class Recorder:
     def _count_tokens(self, ends: Float64, batch: int) -> None:
         """Keep the most tokens that any second of the clock saw."""
         seconds = ends.astype(np.int64)
+        if len(seconds) == 1:
+            self._count_in(int(seconds[0]), batch)
+            return
         for second, times in zip(*np.unique(seconds, return_counts=True), strict=True):
-            now, count = self._second
-            count = int(times) * batch + (count if now == second else 0)
-            self._second = (int(second), count)
-            self.most_tokens_per_second = max(self.most_tokens_per_second, count)
+            self._count_in(int(second), int(times) * batch)
+
+    def _count_in(self, second: int, tokens: int) -> None:
+        now, count = self._second
+        count = tokens + (count if now == second else 0)
+        self._second = (second, count)
+        self.most_tokens_per_second = max(self.most_tokens_per_second, count)
 
     def _note(self, life: _Life, row: int, kind: str, begin: float, end: float) -> None:
         if not self._watch or math.isnan(begin):

@@ -13,6 +13,7 @@ __all__ = ["Distribution", "Series"]
 _EXACT = 65_536
 _GROWTH = 1.002  # bins this much apart: within 0.1 % of any value
 _SMALLEST = 1e-7
+_AT_ONCE = 512
 _BINS = int(math.log(1e14) / math.log(_GROWTH)) + 2
 
 
@@ -25,27 +26,38 @@ class Distribution:
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
+        self._count = 0
+        self._total = 0.0
         self._squares = 0.0
-        self.least = math.inf
-        self.greatest = -math.inf
+        self._least = math.inf
+        self._greatest = -math.inf
+        self._coming: list[tuple[npt.ArrayLike, npt.ArrayLike | int]] = []
         self._exact: list[tuple[Float64, Int64]] = []
         self._stored = 0
         self._bins: Int64 | None = None
 
     def add(self, values: npt.ArrayLike, times: npt.ArrayLike | int = 1) -> None:
-        """Take in values, each as often as ``times`` says."""
-        new = np.atleast_1d(np.asarray(values, np.float64))
+        """Take in values, each as often as ``times`` says; arrays must not change afterwards."""
+        self._coming.append((values, times))
+        if len(self._coming) >= _AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count what has come in."""
+        if not self._coming:
+            return
+        pairs = [(np.atleast_1d(np.asarray(v, np.float64)), n) for v, n in self._coming]
+        self._coming = []
+        new = np.concatenate([values for values, _ in pairs])
+        often = np.concatenate([np.broadcast_to(n, v.shape) for v, n in pairs]).astype(np.int64)
         if not new.size:
             return
-        often = np.broadcast_to(np.asarray(times, np.int64), new.shape)
         weighted = new * often
-        self.count += int(often.sum())
-        self.total += float(weighted.sum())
+        self._count += int(often.sum())
+        self._total += float(weighted.sum())
         self._squares += float((weighted * new).sum())
-        self.least = min(self.least, float(new.min()))
-        self.greatest = max(self.greatest, float(new.max()))
+        self._least = min(self._least, float(new.min()))
+        self._greatest = max(self._greatest, float(new.max()))
         if self._bins is not None:
             self._bin(new, often)
             return
@@ -53,6 +65,30 @@ class Distribution:
         self._stored += new.size
         if self._stored > _EXACT:
             self._spill()
+
+    @property
+    def count(self) -> int:
+        """How many values came in."""
+        self._settle()
+        return self._count
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        self._settle()
+        return self._total
+
+    @property
+    def least(self) -> float:
+        """The least of them; inf of nothing."""
+        self._settle()
+        return self._least
+
+    @property
+    def greatest(self) -> float:
+        """The greatest of them; -inf of nothing."""
+        self._settle()
+        return self._greatest
 
     def _spill(self) -> None:
         self._bins = np.zeros(_BINS, np.int64)
@@ -67,17 +103,19 @@ class Distribution:
 
     def merge(self, other: "Distribution") -> None:
         """Take in everything another one holds."""
+        self._settle()
+        other._settle()
         exact, bins = other._exact, other._bins
         if bins is not None:
             if self._bins is None:
                 self._spill()
             assert self._bins is not None
             self._bins += bins
-        self.count += other.count
-        self.total += other.total
+        self._count += other._count
+        self._total += other._total
         self._squares += other._squares
-        self.least = min(self.least, other.least)
-        self.greatest = max(self.greatest, other.greatest)
+        self._least = min(self._least, other._least)
+        self._greatest = max(self._greatest, other._greatest)
         for values, often in exact:
             if self._bins is not None:
                 self._bin(values, often)
