@@ -27,6 +27,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
 
     Attributes:
         n: Sequences to draw for the prompt; they share its blocks and fork copy-on-write.
+        best_of: Sequences to draw, of which the ``n`` likeliest are returned, by the sum of their
+            log-probabilities; None draws ``n``.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Keep the likeliest tokens until their probabilities sum to this.
         top_k: Keep this many likeliest tokens; 0 or -1 keeps all.
@@ -48,6 +50,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     error: ClassVar[type[PagedKVError]] = InvalidRequest
 
     n: Annotated[int, Meta(ge=1)] = 1
+    best_of: Annotated[int, Meta(ge=1)] | None = None
     temperature: Temperature = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=LARGEST_INT32)] = 0
@@ -68,6 +71,12 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
         msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         super().__post_init__()
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequest(
+                f"best_of is {self.best_of} and n is {self.n}",
+                where="sampling.best_of",
+                remedy="draw at least as many as are returned",
+            )
         if "" in self.stop:
             raise InvalidRequest(
                 "an empty stop string", where="sampling.stop", remedy="give strings with text"
@@ -76,4 +85,9 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     @property
     def width(self) -> int:
         """Sequences that run for the prompt."""
-        return self.n
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranks(self) -> bool:
+        """Whether only the likeliest of the sequences are returned."""
+        return self.width > self.n

@@ -131,6 +131,7 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``.
         stop_reason: The stop token's id or the stop string, if one ended it and it was not eos.
         error: What went wrong, if ``finish_reason`` is ``error``.
+        cumulative_logprob: Of its tokens, if its request ranks sequences by it.
         num_cached_tokens: Prompt tokens that the prefix cache spared at the first admission.
         num_preemptions: How often it was pushed back to waiting.
         num_swaps: How often its blocks were kept in host memory meanwhile.
@@ -151,6 +152,7 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
     finish_reason: str
     stop_reason: int | str | None = None
     error: str = ""
+    cumulative_logprob: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_swaps: int = 0
@@ -258,12 +260,14 @@ class Sequence:
         evictions: The rounds that cost it blocks, by the tokens computed at that time.
         saved: Its scores at the last preemption, if it was evicting.
         num_computed: The tokens that were computed when it last left its row.
+        cumulative: Its log-probability as of then, if its request ranks by that.
         num_scored: The most that were ever computed when it left: the prompt tokens up to there
             have had their log-probabilities.
     """
 
     __slots__ = (
         "arrived",
+        "cumulative",
         "evictions",
         "hashes",
         "index",
@@ -315,6 +319,7 @@ class Sequence:
         self.num_computed = 0
         self.num_preemptions = 0
         self.num_scored = 0
+        self.cumulative = 0.0
         self.num_swaps = 0
         self.num_shrinks = 0
         self.num_passed = 0

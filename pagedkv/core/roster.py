@@ -118,6 +118,7 @@ class Roster:
         known = self._table.num_known[seq.row]
         seq.token_ids = self._table.token_ids[seq.row, :known].copy()
         seq.num_computed = int(self._table.num_computed[seq.row])
+        seq.cumulative = float(self._table.cumulative[seq.row])
         seq.num_scored = max(seq.num_scored, seq.num_computed)
         self._manager.release(np.array([member.row for member in seq.group], np.int32))
         self.unforked.pop(seq.seq_id, None)
@@ -159,6 +160,7 @@ class Roster:
                 finish_reason=reason,
                 stop_reason=stop_reason,
                 error=error,
+                cumulative_logprob=member.cumulative if member.request.sampling.ranks else None,
                 num_cached_tokens=member.num_cached_tokens,
                 num_preemptions=member.num_preemptions,
                 num_swaps=member.num_swaps,

@@ -268,6 +268,8 @@ class Scheduler:
         rows, token_ids = plan.sample_rows[sample], drawn[sample].astype(np.int32)
         seq_ids = self.table.seq_id[rows]
         stopped = self.table.append_tokens(rows, token_ids)
+        if result.logprobs is not None:
+            self.table.cumulative[rows] += np.asarray(result.logprobs)[sample]
         self._totals.generation_tokens += len(rows)
         self.tenants.charge(self.table.tenant[rows], np.ones(len(rows), np.int32))
         self._finish_ended(rows, token_ids, stopped)

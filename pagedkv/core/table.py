@@ -53,6 +53,7 @@ class SequenceTable:
         by_token: Whether the policy evicts single tokens; what it knows of them is in ``tokens``.
         prompt_logprobs: Alternatives to report per prompt token; -1 reports nothing.
         num_scored: Prompt tokens up to here have had their log-probabilities.
+        cumulative: The sum of the log-probabilities of the tokens drawn, where they are reported.
         replay_until: While fewer tokens are computed, logged evictions are done over again.
         block_table: [groups, rows, width] Block ids in order of position; 0 where none is in use.
         first_position: Beside it, where each block's first token stands in its sequence.
@@ -85,6 +86,7 @@ class SequenceTable:
         self.token_ids: Int32 = np.zeros((rows, FIRST_WIDTH), np.int32)
         self.next_position: Int32 = np.zeros(rows, np.int32)
         self.num_evicted: Int64 = np.zeros(rows, np.int64)
+        self.cumulative: Float64 = np.zeros(rows, np.float64)
         self.forfeited: Float64 = np.zeros(rows, np.float64)
         self.left_out: Float64 = np.zeros(rows, np.float64)
         self.by_token: Bool = np.zeros(rows, np.bool_)
@@ -160,7 +162,9 @@ class SequenceTable:
             if name not in ("seed", "num_logprobs"):
                 column[row] = getattr(params, name)
         self.sampling["seed"][row] = seq.seed
-        self.sampling["num_logprobs"][row] = -1 if params.logprobs is None else params.logprobs
+        reported = 0 if params.ranks and params.logprobs is None else params.logprobs
+        self.sampling["num_logprobs"][row] = -1 if reported is None else reported
+        self.cumulative[row] = seq.cumulative
         wanted = params.prompt_logprobs
         self.prompt_logprobs[row] = -1 if wanted is None else wanted
         self.num_scored[row] = seq.num_scored

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from pagedkv.core.arrays import Float32, Int32
 from pagedkv.core.plan import PromptLogprobs, PromptTargets, StepOutput, StepPlan, StepResult
@@ -20,6 +21,7 @@ class _Tracked:
         self.request = request
         self.prompt = prompt
         self.seq_ids = seq_ids
+        self.cumulative = [0.0] * len(seq_ids)
         self.completions: list[CompletionOutput | None] = [None] * len(seq_ids)
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []
@@ -113,11 +115,24 @@ class OutputCollector:
         for end in finished:
             tracked = self._requests[end.request_id]
             tracked.completions[end.index] = self._completion(end)
+            tracked.cumulative[end.index] = end.cumulative_logprob or 0.0
             tracked.num_cached_tokens = max(tracked.num_cached_tokens, end.num_cached_tokens)
             if None not in tracked.completions:
                 del self._requests[end.request_id]
                 complete.append(self._output(tracked))
         return complete
+
+    def _likeliest(self, tracked: _Tracked) -> list[CompletionOutput]:
+        """Return the ``n`` likeliest of ``best_of`` sequences; those that failed come last."""
+
+        def rank(i: int) -> tuple[bool, float, int]:
+            done = tracked.completions[i]
+            assert done is not None
+            return done.finish_reason in ("error", "abort"), -tracked.cumulative[i], i
+
+        best = sorted(range(len(tracked.completions)), key=rank)[: tracked.request.sampling.n]
+        chosen = [tracked.completions[i] for i in best]
+        return [replace(done, index=i) for i, done in enumerate(chosen) if done is not None]
 
     def _completion(self, end: FinishedSequence) -> CompletionOutput:
         watched = self._watched.pop(end.seq_id, None)
@@ -172,6 +187,8 @@ class OutputCollector:
             self._partial(tracked, index) if done is None else done
             for index, done in enumerate(tracked.completions)
         ]
+        if tracked.request.sampling.ranks and None not in tracked.completions:
+            outputs = self._likeliest(tracked)
         return RequestOutput(
             request_id=tracked.request.request_id,
             prompt=tracked.prompt,
