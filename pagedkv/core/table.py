@@ -357,8 +357,8 @@ class SequenceTable:
     def audit(self) -> None:
         """Check every invariant; AssertionError names the one that does not hold."""
         rows = self.running
-        assert self.runs.sum() == len(rows) == self.runs[rows].sum(), "runs and running disagree"
         assert len(np.unique(rows)) == len(rows), "a row runs twice"
+        assert self.runs.sum() == len(rows) == self.runs[rows].sum(), "runs and running disagree"
         assert (self.seq_id[rows] != FREE).all(), "a free row runs"
         assert (self.num_computed[rows] <= self.num_known[rows]).all(), "computed unknown tokens"
         assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"

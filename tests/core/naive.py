@@ -25,6 +25,7 @@ class NaiveBlocks:
         self.tokens = {}
         self.salts = {}
         self.computed = {}
+        self.silent = set()  # who began before a reset publishes nothing
 
     def refs(self, block):
         return sum(table.count(block) for tables in self.tables.values() for table in tables)
@@ -111,6 +112,8 @@ class NaiveBlocks:
         for name, count in counts.items():
             before = self.computed[name]
             self.computed[name] += count
+            if name in self.silent:
+                continue
             for i in range(before // self.block_size, self.computed[name] // self.block_size):
                 key = self.key(self.tokens[name], self.salts[name], i)
                 self.entries.setdefault(key, [table[i] for table in self.tables[name]])
@@ -119,9 +122,12 @@ class NaiveBlocks:
         self.tables[child] = [list(table) for table in self.tables[name]]
         self.tokens[child], self.salts[child] = tokens, self.salts[name]
         self.computed[child] = self.computed[name]
+        if name in self.silent:
+            self.silent.add(child)
 
     def release(self, name):
         tables = self.tables.pop(name)
+        self.silent.discard(name)
         for tails in zip_longest(*(table[::-1] for table in tables)):
             for block in tails:
                 if block is not None and not self.refs(block):
@@ -129,5 +135,6 @@ class NaiveBlocks:
 
     def reset(self):
         self.entries.clear()
+        self.silent |= self.tables.keys()
         self.blank += sorted(self.cached)
         self.cached = []
