@@ -24,6 +24,7 @@ class CostExecutor:
     Attributes:
         clock: Seconds of virtual time that have passed.
         last: Seconds that the last step took.
+        swapped_tokens: Tokens that moved to host memory or back.
         num_synthetic: Answers it made up for eviction policies.
         on_plan: Is told of every plan, when it begins and how long it takes.
     """
@@ -33,12 +34,15 @@ class CostExecutor:
         self.clock = 0.0
         self.last = 0.0
         self.num_synthetic = 0
+        self.swapped_tokens = 0
         self.on_plan: Callable[[StepPlan, float, float], None] | None = None
         self._block_size = block_size
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Let the clock run by what the plan costs, and answer it."""
-        self.last = float(self.cost.seconds(step_work(plan, self._block_size)))
+        work = step_work(plan, self._block_size)
+        self.last = float(self.cost.seconds(work))
+        self.swapped_tokens += int(work.swapped_tokens)
         if self.on_plan is not None:
             self.on_plan(plan, self.clock, self.last)
         self.clock += self.last

@@ -285,6 +285,7 @@ def _pareto(figure: Any, runs: Sequence[Run]) -> None:
     axes.set_xlabel("output tokens/s (more is better)")
     axes.set_ylabel("TTFT p99, ms (less is better)")
     axes.margins(x=0.15, y=0.15)
+    axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.25)
 
 

@@ -180,6 +180,7 @@ def _pool(cluster: Cluster, occupancy: Series, config: EngineConfig) -> dict[str
     held_slots = max(means["held"] * config.cache.block_size, 1e-9)
     return {
         **totals,
+        "swapped_tokens": sum(replica.executor.swapped_tokens for replica in cluster.replicas),
         "num_leaps": sum(replica.num_leaps for replica in cluster.replicas),
         "prefix_cache_hit_rate": totals["prompt_tokens_cached"] / max(1, totals["prompt_tokens"]),
         "num_blocks": blocks,

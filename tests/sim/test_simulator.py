@@ -222,6 +222,16 @@ def test_preempted_requests_are_served_and_counted():
     assert all(phase.end >= phase.begin for phase in found.phases[0])
 
 
+def test_swapping_is_counted_and_takes_its_time():
+    asks = [request(0.0, 40, 60, key) for key in range(6)]
+    setup = config(60, swap_cost=0.0)
+    roomy = msgspec.structs.replace(setup.cache, num_cpu_blocks=200)
+    found = pagedkv.simulate(msgspec.structs.replace(setup, cache=roomy), listed(*asks))
+    assert found.summary["completed"] == 6
+    assert found.summary["num_swapped_out"] > 0
+    assert found.summary["swapped_tokens"] >= 2 * 40 * found.summary["num_swapped_out"]
+
+
 def test_unsorted_arrivals_are_refused():
     with pytest.raises(TraceError, match="arrives at 1 s after one at 2 s"):
         pagedkv.simulate(config(), listed(request(2, 5, 5, 0), request(1, 5, 5, 1)))
