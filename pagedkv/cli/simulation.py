@@ -50,9 +50,14 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.output_json == "-" else sys.stdout
     for each in runs:
         print(_line(each), file=out)
-    if len(runs) > 1 and any("seed" in each["varied"] for each in runs):
-        print(_over_seeds(runs), file=out)
-    document = {"schema_version": SCHEMA_VERSION, "runs": [_slim(each) for each in runs]}
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [_slim(each) for each in runs],
+    }
+    if any("seed" in each["varied"] for each in runs):
+        document["over_seeds"] = over_seeds = _over_seeds(runs)
+        for group in over_seeds:
+            print(_interval(group), file=out)
     write_result(document, args.output_json)
     if args.html:
         write_report(runs, Path(args.html))
@@ -188,20 +193,32 @@ def _line(run: Run) -> str:
     return f"{varied + ': ' if varied else ''}{'  '.join(parts)}"
 
 
-def _over_seeds(runs: Iterable[Run]) -> str:
-    """Return mean and 95 % interval over seeds, of each combination of the other flags."""
+def _over_seeds(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Return mean and 95 % half-width over seeds of every number, per combination of the rest."""
     groups: dict[str, list[Run]] = {}
     for each in runs:
         rest = {k: v for k, v in each["varied"].items() if k != "seed"}
         groups.setdefault(" ".join(f"{k}={v}" for k, v in rest.items()), []).append(each)
-    lines = []
-    for label, members in groups.items():
-        texts = []
-        for name in ("median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "request_throughput"):
-            found = spread([each["summary"][name] for each in members])
-            texts.append(f"{name} {found['mean']:,.2f} ± {found['ci95']:,.2f}")
-        lines.append(f"{label + ': ' if label else ''}{len(members)} seeds: {'  '.join(texts)}")
-    return "\n".join(lines)
+    return [
+        {
+            "varied": label,
+            "num_seeds": len(members),
+            "summary": {
+                name: spread([float(each["summary"][name]) for each in members])
+                for name, value in members[0]["summary"].items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            },
+        }
+        for label, members in groups.items()
+    ]
+
+
+def _interval(group: dict[str, Any]) -> str:
+    texts = [f"{group['num_seeds']} seeds:"]
+    for name in ("median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "request_throughput"):
+        found = group["summary"][name]
+        texts.append(f"{name} {found['mean']:,.2f} ± {found['ci95']:,.2f} ")
+    return f"{group['varied'] + ': ' if group['varied'] else ''}{' '.join(texts)}".rstrip()
 
 
 # A search

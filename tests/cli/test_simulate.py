@@ -41,6 +41,10 @@ def test_seeds_give_an_interval(cli):
     assert code == 0
     assert "3 seeds: median_ttft_ms" in out
     assert "±" in out
+    code, out, _ = cli(*SMALL, "--seed", "0,1,2", "--jobs", "1", "--output-json", "-")
+    (group,) = json.loads(out)["over_seeds"]
+    assert group["num_seeds"] == 3
+    assert group["summary"]["p99_ttft_ms"]["ci95"] > 0
 
 
 def test_a_report_is_one_file_with_its_plots_inside(cli, tmp_path):
