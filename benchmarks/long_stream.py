@@ -46,11 +46,11 @@ def main() -> int:
     parser.add_argument("--eviction", default="sinks=16 + budget=512 + positions=cache")
     parser.add_argument("--bucket", type=int, default=1000)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.1, help="cuts what is too unlikely")
+    parser.add_argument("--min-p", type=float, default=0.03, help="cuts what is too unlikely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     args = parser.parse_args()
-    llm = LLM(args.model, num_blocks=256, enable_prefix_caching=False)
+    llm = LLM(args.model, num_blocks=64 * args.streams, enable_prefix_caching=False)
     facts = {"machine": machine(), "versions": versions(), "seed": args.seed}
     print(f"{facts['machine']['cpu']}, {torch.get_num_threads()} threads, {args.model}, "
           f"{args.streams} streams, {args.eviction}, seed {args.seed}")  # fmt: skip
