@@ -11,7 +11,8 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -28,6 +29,7 @@ __all__ = [
     "SchedulerConfig",
     "audit_enabled",
     "config_schema",
+    "enough_memory",
     "load_config",
     "with_fields",
 ]
@@ -37,6 +39,8 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST_INT32)]
 TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_INT32)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 ENV_PREFIX = "PAGEDKV_"
+# Read elsewhere: no fields of a configuration.
+OTHER_VARIABLES = ("PAGEDKV_AUDIT", "PAGEDKV_CACHE_DIR", "PAGEDKV_TRACES")
 
 
 @functools.cache
@@ -67,6 +71,10 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise self.error(f"{name} is {value}", where=where, remedy="give a finite number")
             try:
                 msgspec.structs.force_setattr(self, name, msgspec.convert(value, hint))
+            except OverflowError:
+                raise self.error(
+                    f"{name} has {len(str(value))} digits", where=where, remedy="give less"
+                ) from None
             except msgspec.ValidationError as fault:
                 expected = str(fault).split(" - at ")[0].split(", got ")[0]
                 raise self.error(
@@ -134,7 +142,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     section: ClassVar[str] = "cache"
 
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
-    num_blocks: Count | None = None
+    num_blocks: Annotated[int, Meta(ge=1, le=2**26)] | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8"] = "auto"
     granularity: Literal["sequence", "layer", "head"] = "sequence"
@@ -215,26 +223,71 @@ def load_config(
     Raises:
         ConfigError: Naming the file and line, or the field, and what would be accepted.
     """
-    env = os.environ if env is None else env
     where = str(source) if isinstance(source, str | Path) else ""
     tree = _read(Path(source)) if isinstance(source, str | Path) else _copy(source)
-    for name, text in sorted(env.items()):
-        section, found, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        if name.startswith(ENV_PREFIX) and found:
-            _put(tree, section, field, _list_or_text(text))
+    origin: dict[str, str] = {}  # dotted name -> the variable that set it last, "" for an override
+    for variable, dotted, text in _variables(os.environ if env is None else env):
+        section, _, field = dotted.partition(".")
+        _put(tree, section, field, _list_or_text(text))
+        origin[dotted] = variable
     for dotted, value in (overrides or {}).items():
         section, _, field = dotted.partition(".")
         _put(tree, section, field, value)
+        origin[dotted] = ""
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
     except msgspec.ValidationError as fault:
         what, _, path = str(fault).partition(" - at ")
         field = path.strip("`").removeprefix("$.").removeprefix("$")
-        at = " ".join(filter(None, (where, field))) or "config"
-        raise ConfigError(what, where=at, remedy="see `pagedkv config schema`") from None
+        name, remedy = field, "see `pagedkv config schema`"
+        if "unknown field" in what:
+            unknown = what.split("`")[1]
+            name = ".".join(filter(None, (field, unknown)))
+            remedy = _nearest(unknown, _fields_of(field)) or remedy
+        at = " ".join(filter(None, (origin.get(name, where), field))) or "config"
+        raise ConfigError(what, where=at, remedy=remedy) from None
     except ConfigError as fault:
-        at = " ".join(filter(None, (where, fault.where)))
+        at = " ".join(filter(None, (origin.get(fault.where, where), fault.where)))
         raise ConfigError(fault.what, where=at, remedy=fault.remedy) from None
+
+
+def _variables(env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (variable, dotted field, text) of those that name a field.
+
+    Raises:
+        ConfigError: A variable begins as ours do and means nothing.
+    """
+    for name, text in sorted(env.items()):
+        section, found, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if not name.startswith(ENV_PREFIX) or name in OTHER_VARIABLES:
+            continue
+        if not found:
+            known = [
+                f"{ENV_PREFIX}{part}__{each}".upper()
+                for part in _fields_of("")
+                for each in _fields_of(part)
+            ]
+            raise ConfigError(
+                "no setting has this name",
+                where=name,
+                remedy=_nearest(name, [*known, *OTHER_VARIABLES])
+                or f"write {ENV_PREFIX}<SECTION>__<FIELD>; see `pagedkv config schema`",
+            )
+        yield name, f"{section}.{field}", text
+
+
+def _fields_of(section: str) -> list[str]:
+    """Return the fields of a section; of "", the sections."""
+    sections = {cls.section: cls for cls in (ModelConfig, CacheConfig, SchedulerConfig)}
+    if not section:
+        return list(sections)
+    return list(sections[section].__struct_fields__) if section in sections else []
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return a question after the known name that is most like this one, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -246,7 +299,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     try:
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(
             f"not valid {kind}: {fault}", where=str(path), remedy="mend the file"
@@ -262,7 +315,7 @@ def _list_or_text(text: str) -> Any:
     """Return a variable's text, read as JSON if it is a list."""
     try:
         return json.loads(text) if text.startswith("[") else text
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -299,8 +352,7 @@ def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
     }
     for name, value in fields.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see `pagedkv config schema`"
+            hint = _nearest(name, list(known)) or "see `pagedkv config schema`"
             raise ConfigError("there is no such field", where=name, remedy=hint)
         if value is not None:
             sections.setdefault(known[name], {})[name] = value
@@ -309,6 +361,23 @@ def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
         for section, values in sections.items()
     }
     return msgspec.structs.replace(config, **changed)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Refuse a configuration whose tables this machine cannot hold.
+
+    Raises:
+        ConfigError: In the block, memory did not suffice.
+    """
+    try:
+        yield
+    except MemoryError as fault:
+        raise ConfigError(
+            f"the block tables do not fit into memory ({fault})",
+            where="scheduler.max_num_seqs, cache.num_blocks",
+            remedy="lower them",
+        ) from None
 
 
 def config_schema() -> dict[str, Any]:

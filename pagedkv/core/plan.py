@@ -240,6 +240,10 @@ def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[A
         InvalidTransition: It is not one whole number per sample, or its observations or prompt
             log-probabilities are not of the plan's shapes.
     """
+    if not isinstance(result, StepResult):
+        raise InvalidTransition(
+            f"the result is {result!r:.80}", where="commit", remedy="give a StepResult"
+        )
     drawn = np.asarray(result.token_ids)
     if not drawn.size:
         drawn = drawn.astype(np.int32)

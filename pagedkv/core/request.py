@@ -4,7 +4,7 @@ Everything that affects the lifecycle lives in this file: `TRANSITIONS` is the w
 """
 
 import enum
-import math
+import sys
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Ids
 from typing import Any, NamedTuple
@@ -97,9 +97,11 @@ class Request(Struct, frozen=True, kw_only=True):
                 where=where,
                 remedy=f"give a number from {-LARGEST_PRIORITY} to {LARGEST_PRIORITY}",
             )
-        if not math.isfinite(self.arrival):
+        if not abs(self.arrival) <= sys.float_info.max:  # NaN, infinity, or an integer beyond
             raise InvalidRequest(
-                f"arrival is {self.arrival}", where=where, remedy="give seconds as a finite number"
+                f"arrival is {self.arrival!r:.40}",
+                where=where,
+                remedy="give seconds as a finite number",
             )
 
 

@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 
-from pagedkv.config import EngineConfig, audit_enabled
+from pagedkv.config import EngineConfig, audit_enabled, enough_memory
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.bounds import most_blocks, usable_prefix
@@ -45,9 +45,10 @@ class Scheduler:
         self.config = config or EngineConfig()
         limits = self.config.scheduler
         self.layout = group_layout(self.config.model, self.config.cache)
-        self.manager = BlockManager(
-            self.config.cache, self.config.scheduler.max_num_seqs, self.layout.num_groups
-        )
+        with enough_memory():
+            self.manager = BlockManager(
+                self.config.cache, limits.max_num_seqs, self.layout.num_groups
+            )
         self.table = self.manager.table
         self.retention = Retention(self.config, self.layout, self.manager)
         self.retention.resolve(None)
@@ -82,6 +83,10 @@ class Scheduler:
                 is not one of this scheduler's.
             NeverFits: An empty pool, or the tenant's part of it, would be too small.
         """
+        if not isinstance(request, Request):
+            raise InvalidRequest(
+                f"it is {request!r:.80}", where="request", remedy="give a pagedkv.Request"
+            )
         if request.request_id in self._roster.requests:
             raise InvalidRequest(
                 "the id is in use by a request that has not finished",

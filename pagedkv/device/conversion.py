@@ -200,6 +200,10 @@ def _read_model(path: Path, header: GgufHeader, name: str) -> Any:
     instead = "use the model's safetensors instead"
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except OSError as error:  # how transformers says that a header made no sense
+        raise CorruptModel(
+            "the header does not describe a model", where=name, remedy="fetch the file again"
+        ) from error
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedBackend(
             f"transformers cannot read a GGUF of architecture {header.architecture!r} ({error})",

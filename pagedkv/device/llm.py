@@ -1,11 +1,11 @@
 """Text in, text out: many prompts through one pool of blocks."""
 
+import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,18 +18,15 @@ from pagedkv.core.scheduler import Scheduler
 from pagedkv.device.collector import OutputCollector
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.inputs import Message, Prompt, as_conversations, as_prompts, encode, per_prompt
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
 from pagedkv.device.store import KVStore, bytes_per_block, check_memory, storage_dtype
-from pagedkv.errors import ConfigError, InvalidRequest
+from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy
 
 __all__ = ["LLM", "Prompt"]
 
-Prompt = str | Many[int] | Int32 | Mapping[str, Any]
-"""Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``, and ``cache_salt``."""
-
-Message = Mapping[str, str]
 DEFAULT_KV_BYTES = 2**30
 _TEACHER_FORCED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
 
@@ -40,7 +37,8 @@ class LLM:
     Args:
         model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id; or what
             `load_model` gave, which several of these may share.
-        dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``.
+        dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``; a model
+            that is loaded already keeps its own.
         config: Pool and scheduler; its ``max_model_len`` is capped at the model's trained length.
         fields: Single fields of the config by name, such as ``num_blocks=512``; they win over
             ``config``. ``max_model_len`` given here may exceed the trained length of a model
@@ -53,19 +51,21 @@ class LLM:
 
     def __init__(
         self,
-        model: str | LoadedModel = "smollm2-135m",
+        model: str | os.PathLike[str] | LoadedModel = "smollm2-135m",
         *,
         dtype: str = "float32",
         config: EngineConfig | None = None,
         **fields: Any,
     ) -> None:
-        asked = with_fields(config or EngineConfig(), **fields)
-        self.model = load_model(model, dtype=dtype) if isinstance(model, str) else model
-        geometry = self.model.geometry
+        asked = _asked(config, fields)
+        if not isinstance(model, LoadedModel):
+            model = load_model(model, dtype=dtype)
+        self.model = model
+        geometry, computed = model.geometry, model.dtype
         length = fields.get("max_model_len") or min(
             asked.model.max_model_len, geometry.max_model_len
         )
-        stored = storage_dtype(asked.cache.kv_cache_dtype, geometry.head_dim, getattr(torch, dtype))
+        stored = storage_dtype(asked.cache.kv_cache_dtype, geometry.head_dim, computed)
         self.config = _fitted(asked, geometry, length, stored)
         self.scheduler = Scheduler(self.config)
         self.store = KVStore(
@@ -103,7 +103,7 @@ class LLM:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
             PolicyError: The eviction policy cannot be read or cannot hold here.
         """
-        order = self._add_all(_as_list(prompts), sampling_params, eviction, streams=False)
+        order = self._add_all(as_prompts(prompts), sampling_params, eviction, streams=False)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(order), disable=not use_tqdm, unit="request") as bar:
             for _, finished in self._run(order):
@@ -126,13 +126,23 @@ class LLM:
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
         """
-        order = self._add_all(_as_list(prompts), sampling_params, eviction, streams=True)
-        return self._stream(order)
+        order = self._add_all(as_prompts(prompts), sampling_params, eviction, streams=True)
+        outputs = self._stream(order)
+        next(outputs)  # a generator that never began would not notice being closed
+        return outputs  # type: ignore[return-value]
 
-    def _stream(self, order: list[str]) -> Iterator[RequestOutput]:
-        for partial, finished in self._run(order, streams=True):
-            yield from partial
-            yield from finished
+    def _stream(self, order: list[str]) -> Iterator[RequestOutput | None]:
+        """Yield None once, queued but not begun, then outputs."""
+        begun = False
+        try:
+            yield None
+            begun = True
+            for partial, finished in self._run(order, streams=True):
+                yield from partial
+                yield from finished
+        finally:
+            if not begun:
+                self._abandon(set(order))
 
     def score(
         self,
@@ -161,7 +171,7 @@ class LLM:
         Cost:
             A prefill and, at every token, the vocabulary; a step's logits are in memory at once.
         """
-        many = _as_list(token_ids)
+        many = as_prompts(token_ids)
         short = [i for i, tokens in enumerate(many) if isinstance(tokens, str) or len(tokens) < 2]
         if short:
             raise InvalidRequest(
@@ -178,6 +188,10 @@ class LLM:
         Raises:
             InvalidTransition: No such request is in work.
         """
+        if not isinstance(request_id, str):
+            raise InvalidTransition(
+                f"the request id is {request_id!r:.80}", where="abort", remedy="give its text"
+            )
         self._keep(self._collector.finish(self.scheduler.abort(request_id)))
 
     def chat(
@@ -192,9 +206,7 @@ class LLM:
         Args:
             messages: One conversation or many; a message has ``role`` and ``content``.
         """
-        first = messages[0] if messages else None
-        many = [messages] if isinstance(first, Mapping) else messages
-        prompts = [self.chat_prompt(conversation) for conversation in many]  # type: ignore[arg-type]
+        prompts = [self.chat_prompt(each) for each in as_conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Many[Message]) -> str:
@@ -225,7 +237,7 @@ class LLM:
         streams: bool,
     ) -> list[str]:
         """Queue all prompts or, if one is refused, none; return their request ids."""
-        each = _per_prompt(params, len(prompts))
+        each = per_prompt(params, len(prompts))
         requests = [
             self._request(prompt, one, eviction) for prompt, one in zip(prompts, each, strict=True)
         ]
@@ -250,7 +262,8 @@ class LLM:
             salt = prompt.get("cache_salt", "")
             token_ids = prompt.get("prompt_token_ids", prompt.get("prompt", ()))
         if isinstance(token_ids, str):
-            text, token_ids = token_ids, self._encode(token_ids, request_id)
+            text = token_ids
+            token_ids = encode(self.model.tokenizer, text, f"request {request_id!r}")
         if params.stop and self.model.tokenizer is None:
             raise InvalidRequest(
                 "stop strings need a tokenizer and the model has none",
@@ -265,16 +278,6 @@ class LLM:
             eviction=eviction,
         )
         return request, text
-
-    def _encode(self, text: str, request_id: str) -> list[int]:
-        if self.model.tokenizer is None:
-            raise InvalidRequest(
-                "the prompt is text and the model has no tokenizer",
-                where=f"request {request_id!r}",
-                remedy="give token ids",
-            )
-        ids: list[int] = self.model.tokenizer(text)["input_ids"]
-        return ids
 
     def _run(
         self, order: list[str], *, streams: bool = False
@@ -295,7 +298,13 @@ class LLM:
                 partial = self._collector.snapshots(output) if streams else []
                 yield [each for each in partial if each.request_id in left], finished
         finally:
-            self._abort(left - self._done.keys())
+            self._abandon(left)
+
+    def _abandon(self, request_ids: set[str]) -> None:
+        """Nobody waits for these any more: end what runs, forget what is done."""
+        self._abort(request_ids - self._done.keys())
+        for request_id in request_ids:
+            self._done.pop(request_id, None)
 
     def _keep(self, finished: list[RequestOutput]) -> None:
         self._done.update((output.request_id, output) for output in finished)
@@ -303,6 +312,21 @@ class LLM:
     def _abort(self, request_ids: Many[str] | set[str]) -> None:
         for request_id in sorted(request_ids):
             self._collector.finish(self.scheduler.abort(request_id))
+
+
+def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
+    """Return the config with single fields put in; a model's facts are not for asking."""
+    if not isinstance(config, EngineConfig | None):
+        raise ConfigError(
+            f"config is {config!r:.80}",
+            where="config",
+            remedy="give an EngineConfig, such as load_config(...) returns",
+        )
+    asked = with_fields(config or EngineConfig(), **fields)
+    facts = set(ModelConfig.__struct_fields__) - {"max_model_len"}
+    for name in sorted(facts & fields.keys()):
+        raise ConfigError("comes from the model", where=f"model.{name}", remedy="leave it out")
+    return asked
 
 
 def _fitted(
@@ -340,27 +364,3 @@ def _fitted(
     check_memory(num_blocks * per_block)  # before anything of that size is made
     cache = msgspec.structs.replace(config.cache, num_blocks=num_blocks, kv_cache_memory_bytes=None)
     return msgspec.structs.replace(config, model=facts, cache=cache)
-
-
-def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
-    """Tell one prompt from many: a string, a mapping or a flat list of ids is one."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    many = list(prompts)
-    if many and isinstance(many[0], int | np.integer):
-        return [many]
-    return many
-
-
-def _per_prompt(
-    params: SamplingParams | Many[SamplingParams] | None, count: int
-) -> Many[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidRequest(
-            f"{len(params)} sampling parameters for {count} prompts",
-            where="sampling_params",
-            remedy="give one for all or one each",
-        )
-    return params

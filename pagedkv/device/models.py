@@ -10,6 +10,7 @@
 import difflib
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,9 +56,14 @@ class LoadedModel:
     geometry: ModelGeometry
     narrows_logits: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
 
 def load_model(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     dtype: str = "float32",
     device: str = "cpu",
@@ -83,6 +89,11 @@ def load_model(
         UnsupportedBackend: The architecture or the device cannot be served.
         ConfigError: `dtype` or `device` is not one of the above.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"the model is {model!r:.80}", where="model", remedy="give a name or a path"
+        )
+    model = os.fspath(model)
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     register()
     with progress_bars(progress):
@@ -202,15 +213,23 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any
     config = _read_config(directory, name)
     check_config(config, name)
     _check_weights(directory)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        attn_implementation=ATTENTION_NAME,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except Exception as error:  # a wrong number in a config surfaces as anything
+        raise CorruptModel(
+            f"no model can be built from config.json and these weights ({_first_line(error)})",
+            where=str(directory),
+            remedy="check that config.json is undamaged and belongs to these weights",
+        ) from error
     absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if absent:
         # transformers would fill these with random numbers and go on.
@@ -220,6 +239,11 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any
             remedy="fetch the model again, or check that config.json belongs to these weights",
         )
     return model, _read_tokenizer(directory)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _read_config(directory: Path, name: str) -> Any:
@@ -233,7 +257,7 @@ def _read_config(directory: Path, name: str) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptModel(
             f"not a JSON object ({error})", where=str(path), remedy="fetch the model again"
         ) from error
@@ -255,7 +279,7 @@ def _check_weights(directory: Path) -> None:
     if index.is_file():
         try:
             listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CorruptModel(
                 "not an index of weights", where=str(index), remedy="fetch the model again"
             ) from error

@@ -156,7 +156,9 @@ class _Draw(NamedTuple):
         k = batch.top_k[rows].astype(np.int64)
         k[(k <= 0) | (k > vocab)] = vocab
         uniform = uniforms(batch.seed[rows], batch.position[rows])
-        columns = (batch.temperature[rows], k, batch.top_p[rows], batch.min_p[rows], uniform)
+        # What is above 0 as asked may be 0 in fp32, and the likeliest token always stays.
+        top_p = np.maximum(batch.top_p[rows], np.finfo(np.float32).tiny)
+        columns = (batch.temperature[rows], k, top_p, batch.min_p[rows], uniform)
         return cls(*(torch.as_tensor(column).to(device) for column in columns))
 
 
