@@ -12,7 +12,6 @@ import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -29,7 +28,6 @@ __all__ = [
     "SchedulerConfig",
     "audit_enabled",
     "config_schema",
-    "enough_memory",
     "load_config",
     "with_fields",
 ]
@@ -142,7 +140,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     section: ClassVar[str] = "cache"
 
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
-    num_blocks: Annotated[int, Meta(ge=1, le=2**26)] | None = None
+    num_blocks: Count | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8"] = "auto"
     granularity: Literal["sequence", "layer", "head"] = "sequence"
@@ -186,7 +184,7 @@ class SchedulerConfig(Checked, frozen=True, kw_only=True):
 
     section: ClassVar[str] = "scheduler"
 
-    max_num_seqs: Count = 128
+    max_num_seqs: Annotated[int, Meta(ge=1, le=2**18)] = 128
     max_num_batched_tokens: Count = 2048
     long_prefill_token_threshold: Annotated[int, Meta(ge=0)] = 0
     scheduling_policy: Literal["fcfs", "priority", "lpm", "fair"] = "fcfs"
@@ -361,23 +359,6 @@ def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
         for section, values in sections.items()
     }
     return msgspec.structs.replace(config, **changed)
-
-
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Refuse a configuration whose tables this machine cannot hold.
-
-    Raises:
-        ConfigError: In the block, memory did not suffice.
-    """
-    try:
-        yield
-    except MemoryError as fault:
-        raise ConfigError(
-            f"the block tables do not fit into memory ({fault})",
-            where="scheduler.max_num_seqs, cache.num_blocks",
-            remedy="lower them",
-        ) from None
 
 
 def config_schema() -> dict[str, Any]:

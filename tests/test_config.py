@@ -229,6 +229,38 @@ def test_a_wrong_variable_is_refused_by_field(name, text, field):
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("PAGEDKV_CACHE_BLOCK_SIZE", "PAGEDKV_CACHE__BLOCK_SIZE"),
+        ("PAGEDKV_BLOCK_SIZE", "PAGEDKV_CACHE__BLOCK_SIZE"),
+        ("PAGEDKV_ADUIT", "PAGEDKV_AUDIT"),
+    ],
+)
+def test_a_variable_that_names_nothing_is_refused_with_the_nearest_name(name, meant):
+    told = fault_of(load_config, env={name: "32"})
+    assert told.startswith(name)
+    assert f"did you mean {meant}?" in told
+
+
+def test_an_error_blames_the_source_that_set_the_value(write):
+    good = write("a.toml", "[cache]\nblock_size = 16\n")
+    env = {"PAGEDKV_CACHE__BLOCK_SIZE": "abc"}
+    assert fault_of(load_config, good, env=env).startswith("PAGEDKV_CACHE__BLOCK_SIZE")
+    told = fault_of(load_config, good, env={}, overrides={"cache.num_blocks": 0})
+    assert told.startswith("cache.num_blocks")
+    misspelt = write("b.toml", "[cache]\nblok_size = 16\n")
+    told = fault_of(load_config, misspelt, env={})
+    assert told.startswith(str(misspelt))
+    assert "did you mean block_size?" in told
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_a_file_nested_too_deeply_is_refused(write, suffix):
+    text = "[" * 200_000 if suffix == "json" else "a = " + "[" * 200_000
+    assert "not valid" in fault_of(load_config, write(f"deep.{suffix}", text), env={})
+
+
+@pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("1", True), ("false", False), ("0", False)]
 )
 def test_a_variable_says_yes_or_no(text, value):

@@ -4,9 +4,11 @@ import numpy as np
 
 from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.reclaim import CachedOrder
-from pagedkv.errors import InvalidTransition, OutOfBlocks
+from pagedkv.errors import ConfigError, InvalidTransition, OutOfBlocks
 
 __all__ = ["BlockPool"]
+
+MOST_BLOCKS = 2**26  # the books of so many take 2 GB
 
 
 class BlockPool:
@@ -25,6 +27,12 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, reclaim: str = "lru") -> None:
+        if num_blocks > MOST_BLOCKS:
+            raise ConfigError(
+                f"{num_blocks:,} blocks",
+                where="cache.num_blocks",
+                remedy=f"give at most {MOST_BLOCKS:,}, or larger blocks",
+            )
         self.num_blocks = num_blocks
         self.ref_count: Int32 = np.zeros(num_blocks, np.int32)
         self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)

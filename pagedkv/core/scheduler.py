@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 
-from pagedkv.config import EngineConfig, audit_enabled, enough_memory
+from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.bounds import most_blocks, usable_prefix
@@ -45,10 +45,7 @@ class Scheduler:
         self.config = config or EngineConfig()
         limits = self.config.scheduler
         self.layout = group_layout(self.config.model, self.config.cache)
-        with enough_memory():
-            self.manager = BlockManager(
-                self.config.cache, limits.max_num_seqs, self.layout.num_groups
-            )
+        self.manager = BlockManager(self.config.cache, limits.max_num_seqs, self.layout.num_groups)
         self.table = self.manager.table
         self.retention = Retention(self.config, self.layout, self.manager)
         self.retention.resolve(None)

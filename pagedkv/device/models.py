@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from pagedkv.device.bridge import ATTENTION_NAME, AttentionStep, forward, progress_bars, register
 from pagedkv.device.geometry import ModelGeometry
@@ -164,9 +165,13 @@ def _locate(model: str, progress: bool) -> Path:
     if model in KNOWN_MODELS:
         return pull(model, progress=progress)
     path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a name that no file system takes
+        raise _unknown(model) from None
+    if is_directory and model:
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return converted_gguf(path, progress=progress)
         raise ModelNotFound(
@@ -213,6 +218,8 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any
     config = _read_config(directory, name)
     check_config(config, name)
     _check_weights(directory)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is raised below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -230,7 +237,10 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any
             where=str(directory),
             remedy="check that config.json is undamaged and belongs to these weights",
         ) from error
-    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    misshapen = sorted(key[0] for key in report["mismatched_keys"])
+    absent = sorted(report["missing_keys"]) + misshapen
     if absent:
         # transformers would fill these with random numbers and go on.
         raise CorruptModel(
