@@ -92,7 +92,7 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
 
 
 def _kernel(dtype: str) -> str:
-    from pagedkv.device.cpu_kernel import warmup
+    from pagedkv.device.cpu.kernel import warmup
 
     start = time.perf_counter()
     warmup((dtype,))
@@ -101,12 +101,12 @@ def _kernel(dtype: str) -> str:
 
 def _on_disk() -> str:
     """Whether numba's cache has a kernel younger than the kernel's sources."""
-    from pagedkv.device import cpu_kernel
+    from pagedkv.device.cpu import kernel
 
-    here = Path(cpu_kernel.__file__).parent
+    here = Path(kernel.__file__).parent
     newest = max(path.stat().st_mtime for path in (*here.glob("cpu_*.py"), here / "simd.py"))
     folder = os.environ.get("NUMBA_CACHE_DIR")
-    found = Path(folder).rglob("cpu_kernel.*.nbc") if folder else here.rglob("cpu_kernel.*.nbc")
+    found = Path(folder).rglob("kernel.*.nbc") if folder else here.rglob("kernel.*.nbc")
     if any(path.stat().st_mtime > newest for path in found):
         return "kernel cached on disk"
     return "kernel compiles at first use"

@@ -47,7 +47,7 @@ def _cpu_refusal(kind: str, dtype: torch.dtype) -> tuple[str, str] | None:
     if dtype not in CpuPagedOp.SUPPORTED_DTYPES:
         return f"dtype={dtype}", "use float32, float16 or bfloat16"
     try:
-        from . import simd
+        from .cpu import simd
     except ImportError as error:
         return f"numba cannot be imported ({error})", "install pagedkv[cpu]"
     if dtype == torch.float16 and not simd.HAS_HALF:

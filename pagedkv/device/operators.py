@@ -312,14 +312,14 @@ class CpuPagedOp(PagedOp):
 
         Cost: reads each key and value once per tile of queries; some 30 us besides.
         """
-        from . import cpu_call
+        from .cpu import call
 
         q, k, v = inp.get_qkv_in_bmghk()
         out, lse, block_lse = outputs(inp, q)
         if out.numel():
             batch = read(inp.attn_bias)
             prepared = getattr(inp.attn_bias, "prepared", {})
-            cpu_call.run(batch, prepared, (q, k, v), (out, lse, block_lse), inp.scale_float)
+            call.run(batch, prepared, (q, k, v), (out, lse, block_lse), inp.scale_float)
         return result(inp, out, lse)
 
 

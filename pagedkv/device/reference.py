@@ -85,7 +85,7 @@ def run(
 
     Args:
         batch: The bias.
-        prepared: Not used; `cpu_call.run` takes the same arguments.
+        prepared: Not used; `cpu.call.run` takes the same arguments.
         inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] or packed in 8 bits.
         outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
         scale: Of the scores.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pagedkv.device import cpu_kernel, cpu_layout
-from pagedkv.device.cpu_work import Shape, cut
+from pagedkv.device.cpu import kernel, layout
+from pagedkv.device.cpu.work import Shape, cut
 from pagedkv.errors import UnsupportedBackend
 
 
@@ -32,12 +32,12 @@ def test_the_cut_covers_every_key_once(rows: list[tuple[int, int]]) -> None:
     reached = np.zeros((starts[-1], what.kv_heads), np.int64)
     entries = np.zeros((starts[-1], what.kv_heads), np.int64)
     for item in items_of(rows, what):
-        first, count = item[cpu_layout.FIRST_QUERY], item[cpu_layout.NUM_QUERIES]
-        heads = slice(item[cpu_layout.HEAD_LOW], item[cpu_layout.HEAD_HIGH])
-        low, high = item[cpu_layout.KEY_LOW], item[cpu_layout.KEY_HIGH]
+        first, count = item[layout.FIRST_QUERY], item[layout.NUM_QUERIES]
+        heads = slice(item[layout.HEAD_LOW], item[layout.HEAD_HIGH])
+        low, high = item[layout.KEY_LOW], item[layout.KEY_HIGH]
         assert low % what.block_size == 0
         reached[first : first + count, heads] += high - low
-        cleared = item[cpu_layout.CLEAR_HIGH] - item[cpu_layout.CLEAR_LOW]
+        cleared = item[layout.CLEAR_HIGH] - item[layout.CLEAR_LOW]
         entries[first : first + count, heads] += cleared
     for b, (_, resident) in enumerate(rows):
         mine = reached[starts[b] : starts[b + 1]]
@@ -49,12 +49,12 @@ def test_the_cut_covers_every_key_once(rows: list[tuple[int, int]]) -> None:
 def test_the_cut_of_a_sequence_ignores_the_others() -> None:
     what = shape()
     places = ("ROW", "FIRST_QUERY", "TILE_ID", "PARTIAL_AT")
-    of_batch = [getattr(cpu_layout, name) for name in places]
-    of_sequence = np.setdiff1d(np.arange(cpu_layout.NUM_FIELDS), of_batch)
+    of_batch = [getattr(layout, name) for name in places]
+    of_sequence = np.setdiff1d(np.arange(layout.NUM_FIELDS), of_batch)
     alone = items_of([(1, 2000)], what)
     among = items_of([(50, 700), (1, 2000), (1, 3)], what)
-    among = among[among[:, cpu_layout.ROW] == 1]
-    order = np.argsort(alone[:, cpu_layout.SPAN]), np.argsort(among[:, cpu_layout.SPAN])
+    among = among[among[:, layout.ROW] == 1]
+    order = np.argsort(alone[:, layout.SPAN]), np.argsort(among[:, layout.SPAN])
     assert len(alone) > 1
     assert np.array_equal(alone[order[0]][:, of_sequence], among[order[1]][:, of_sequence])
 
@@ -65,7 +65,7 @@ def test_one_long_row_is_shared_between_threads() -> None:
 
 def test_a_window_skips_what_is_out_of_sight() -> None:
     items = items_of([(1, 1000)], shape(window=100))
-    assert items[:, cpu_layout.KEY_LOW].min() == 896  # the block that holds key 900
+    assert items[:, layout.KEY_LOW].min() == 896  # the block that holds key 900
 
 
 def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
         return paged_attention(query, key, value, bias)
 
     want = run()
-    monkeypatch.setattr(cpu_kernel, "_openmp", lambda: None)
+    monkeypatch.setattr(kernel, "_openmp", lambda: None)
     assert torch.equal(run(), want)
 
 
@@ -90,22 +90,22 @@ def test_failing_to_compile_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_args: object, **_options: object) -> object:
         raise RuntimeError("no cache locator")
 
-    monkeypatch.setattr(cpu_kernel, "cfunc", broken)
+    monkeypatch.setattr(kernel, "cfunc", broken)
     with pytest.raises(UnsupportedBackend, match="no cache locator"):
-        cpu_kernel._worker.__wrapped__("float32")
+        kernel._worker.__wrapped__("float32")
 
 
 def test_fp16_needs_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernel, "HAS_HALF", False)
+    monkeypatch.setattr(kernel, "HAS_HALF", False)
     with pytest.raises(UnsupportedBackend, match="converts fp16"):
-        cpu_kernel._worker.__wrapped__("float16")
+        kernel._worker.__wrapped__("float16")
 
 
 def test_importing_compiles_nothing_and_warns_of_nothing() -> None:
     """Not even numba is loaded, and xformers' log stays quiet."""
     code = (
         "import sys, pagedkv.device.operators;"
-        "assert 'numba' not in sys.modules and 'pagedkv.device.cpu_kernel' not in sys.modules"
+        "assert 'numba' not in sys.modules and 'pagedkv.device.cpu.kernel' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False

@@ -11,8 +11,8 @@ used, across the end of the tile, which is why the addresses of two tiles are at
 
 import numpy as np
 
-from .cpu_block_lse import narrow_blocks
-from .cpu_layout import (
+from .block_lse import narrow_blocks
+from .layout import (
     BLOCK_LSE,
     BLOCK_SIZE,
     FIRST_QUERY,

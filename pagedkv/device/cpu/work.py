@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import cpu_layout as at
-from .reference import CONTIGUOUS
+from pagedkv.device.reference import CONTIGUOUS
+
+from . import layout as at
 from .simd import LANES
 
 __all__ = ["Shape", "Work", "cut"]

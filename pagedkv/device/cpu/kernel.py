@@ -1,6 +1,6 @@
 """Attention over blocks read where they lie: the native CPU kernel's threads, and how to run it.
 
-The work is a list of items (`cpu_work.py` makes it): one tile of queries of one sequence against
+The work is a list of items (`work.py` makes it): one tile of queries of one sequence against
 one span of its keys, for a range of KV heads. Threads take items off a shared counter, so one slow
 core costs little. An item is computed the same way whichever thread takes it and whatever else is
 in the batch, and the last of a tile's spans to finish merges them in span order: a sequence's
@@ -30,8 +30,8 @@ from numba import cfunc, types
 
 from pagedkv.errors import UnsupportedBackend
 
-from .cpu_block_lse import clear_block_lse
-from .cpu_layout import (
+from .block_lse import clear_block_lse
+from .layout import (
     ARRIVED,
     BLOCK_LSE,
     FIRST_QUERY,
@@ -60,8 +60,7 @@ from .cpu_layout import (
     WIDE,
     pad,
 )
-from .cpu_narrow import run_narrow
-from .cpu_wide import run_wide
+from .narrow import run_narrow
 from .simd import (
     HAS_HALF,
     LANES,
@@ -79,6 +78,7 @@ from .simd import (
     splat,
     store,
 )
+from .wide import run_wide
 
 __all__ = ["KINDS", "launch", "warmup"]
 
@@ -183,13 +183,13 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
 # ---- compiling and running ----------------------------------------------------------------
 
 
-_PARTS = ("layout", "block_lse", "narrow", "wide", "kernel")
+_PARTS = ("simd", "simd_math", "layout", "block_lse", "narrow", "wide", "kernel")
 
 
 def _source_digest() -> str:
     """A hash of the kernel's files: numba's disk cache looks at one of them only."""
     here = Path(__file__).parent
-    files = [here / "simd.py", here / "simd_math.py", *(here / f"cpu_{part}.py" for part in _PARTS)]
+    files = [here / f"{part}.py" for part in _PARTS]
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -199,7 +199,7 @@ def _worker(kind: str) -> Any:
     if kind == "float16" and not HAS_HALF:
         raise UnsupportedBackend(
             "this processor has no instruction that converts fp16",
-            where="device.cpu_kernel",
+            where="device.cpu",
             remedy="use float32 or bfloat16",
         )
     # Dummy scalars whose types tell `simd` how to read what is stored.
@@ -216,7 +216,7 @@ def _worker(kind: str) -> Any:
     except Exception as error:  # numba raises many unrelated kinds; all mean the same here
         raise UnsupportedBackend(
             f"the CPU kernel did not compile for {kind} ({type(error).__name__}: {error})",
-            where="device.cpu_kernel",
+            where="device.cpu",
             remedy="install a numba that supports this Python, or use ReferenceOp",
         ) from error
 
@@ -259,7 +259,7 @@ def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
 
     Args:
         kind: How keys and values are stored, one of `KINDS`.
-        params: int64[NUM_PARAMS], the fields of `cpu_layout`; NEXT and THREAD are changed.
+        params: int64[NUM_PARAMS], the fields of `layout`; NEXT and THREAD are changed.
         threads: How many threads may work, the calling one included.
 
     Raises:

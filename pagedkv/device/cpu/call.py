@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import cpu_layout as at
-from .cpu_kernel import launch
-from .cpu_work import Shape, Work, cut
+from . import layout as at
+from .kernel import launch
+from .work import Shape, Work, cut
 
 __all__ = ["run"]
 

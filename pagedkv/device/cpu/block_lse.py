@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .cpu_layout import (
+from .layout import (
     BLOCK_LSE,
     BLOCK_SIZE,
     CLEAR_HIGH,

@@ -7,8 +7,8 @@ never sums across lanes, and both products broadcast one number against vectors 
 
 import numpy as np
 
-from .cpu_block_lse import wide_blocks
-from .cpu_layout import (
+from .block_lse import wide_blocks
+from .layout import (
     BLOCK_LSE,
     BLOCK_SIZE,
     FIRST_QUERY,
