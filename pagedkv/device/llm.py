@@ -15,6 +15,7 @@ from pagedkv.core.engine import Engine
 from pagedkv.core.groups import group_layout
 from pagedkv.core.request import Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.device.assembly import model_facts
 from pagedkv.device.collector import OutputCollector
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
@@ -339,15 +340,7 @@ def _fitted(
             where="model.max_model_len",
             remedy=f"give at most {geometry.max_model_len}",
         )
-    facts = ModelConfig(
-        max_model_len=length,
-        vocab_size=geometry.vocab_size,
-        eos_token_ids=geometry.eos_token_ids,
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        sliding_window=geometry.sliding_window,
-        rope=geometry.rope,
-    )
+    facts = model_facts(geometry, length)
     num_blocks, size = config.cache.num_blocks, config.cache.block_size
     layout = group_layout(facts, config.cache)
     per_block = bytes_per_block(geometry, layout, size, dtype)
