@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -303,7 +304,8 @@ class LLM:
 
     def _abandon(self, request_ids: set[str]) -> None:
         """Nobody waits for these any more: end what runs, forget what is done."""
-        self._abort(request_ids - self._done.keys())
+        with suppress(InvalidTransition):  # if somebody else has stepped the engine meanwhile
+            self._abort(request_ids - self._done.keys())
         for request_id in request_ids:
             self._done.pop(request_id, None)
 

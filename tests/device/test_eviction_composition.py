@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pagedkv import LLM, SamplingParams
+from pagedkv import LLM, Request, SamplingParams
 from pagedkv.device.store import KVStore
 from pagedkv.eviction import policy
 from tests.device.eviction_oracle import Server, build_model, random_prompt
@@ -235,6 +235,30 @@ def test_a_long_prompt_needs_no_more_than_budget_and_chunk(granularity):
     assert server.finished["r", 0].token_ids == tokens
     assert (logits_of(server, "r") - logits).abs().max() < TOLERANCE
     assert server.finished["r", 0].num_evicted_tokens == oracle.num_evicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["block", "token"])
+def test_a_prompt_of_100_000_tokens_runs_in_budget_and_chunk(unit):
+    chosen = policy(f"sinks=4 + recent=0.5 + score=sum + budget=512 + chunk=256 + unit={unit}")
+    llm = LLM("tiny-random", max_model_len=100_100, max_num_batched_tokens=512, num_blocks=52)
+    prompt = np.random.default_rng(0).integers(3, 250, 100_000).tolist()
+    llm.scheduler.add(
+        Request(
+            request_id="long",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+            eviction=chosen,
+        )
+    )
+    peak, finished = 0, []
+    while llm.scheduler.has_unfinished():
+        _, _, output = llm.engine.step()
+        peak = max(peak, llm.scheduler.manager.pool.num_held)
+        finished += output.finished
+    assert [len(end.token_ids) for end in finished] == [4]
+    assert finished[0].num_evicted_tokens >= 100_000 - 512 - 256
+    assert peak <= (512 + 256) // 16 + 1
 
 
 def test_a_stream_goes_on_past_the_models_length_in_constant_memory():

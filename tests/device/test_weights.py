@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pagedkv.device import weights
 from pagedkv.device.conversion import read_gguf_header
@@ -52,7 +53,7 @@ def small_llama() -> Any:
 
 
 def byte_alphabet() -> list[str]:
-    return sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    return sorted(bytes_to_unicode().values())
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
