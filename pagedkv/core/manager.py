@@ -127,10 +127,10 @@ class BlockManager:
         held = self.table.num_blocks[:, at]
         resident = self.table.num_resident[:, at]
         fresh = -(-(resident + counts) // self.block_size) - held
-        inside = resident % self.block_size > 0
         # Only forks share a block that is not full: elsewhere there is nothing to look up.
         if not self.table.forked[rows].any():
-            return fresh, np.zeros_like(inside)
+            return fresh, np.zeros(fresh.shape, np.bool_)
+        inside = resident % self.block_size > 0
         tails = self._tails(rows)
         shared = inside & (self.pool.ref_count[tails] > 1)
         if shared.any():
@@ -192,7 +192,7 @@ class BlockManager:
         after = before + counts
         self.table.note_tokens(rows, counts)
         self.table.num_computed[rows] = after
-        self.table.num_resident[:, rows] += counts
+        self.table.num_resident[:, at_rows(rows)] += counts
         self.table.next_position[rows] += counts
         if self.enable_prefix_caching:
             first, end = before // self.block_size, after // self.block_size

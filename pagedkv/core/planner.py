@@ -35,10 +35,11 @@ def build_plan(
     member = np.repeat(np.arange(len(rows)), counts)
     offset = (np.arange(len(member)) - start[member]).astype(np.int32)
     row = rows[member]
-    index, within = np.divmod(table.num_resident[:, row] + offset, table.block_size)
+    at, to = at_rows(rows), at_rows(row)
+    place = table.num_resident[:, to] + offset
+    index = place // table.block_size
     groups = np.arange(table.num_groups)[:, None]
     blocks = table.block_table[groups, row, index].astype(np.int64)
-    at = at_rows(rows)
     width = int(table.num_blocks[:, at].max(initial=0))
     done = table.num_computed[rows] + counts == table.num_known[rows]
     sample_rows, sample_index = _forked(rows[done], start[1:][done] - 1, siblings)
@@ -53,9 +54,9 @@ def build_plan(
         query_start=start,
         token_ids=table.token_ids[row, table.num_computed[row] + offset],
         positions=table.next_position[row] + offset,
-        slot_mapping=blocks * table.block_size + within,
+        slot_mapping=(blocks - index) * table.block_size + place,
         block_table=table.block_table[:, at, :width].copy(),
-        num_resident=table.num_resident[:, rows] + counts,
+        num_resident=table.num_resident[:, at] + counts,
         turns=retention.turns(rows, width),
         observations=retention.observations(rows, counts, width),
         sample_index=sample_index,

@@ -7,7 +7,7 @@ record that lets a preempted sequence forget the same things again.
 import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Bool, Int32, at_rows
+from pagedkv.core.arrays import Bool, Float32, Int32, alike, at_rows
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
@@ -20,6 +20,7 @@ from pagedkv.eviction import (
     Policy,
     View,
     check,
+    may_evict,
     observe_from,
     observing_queries,
     policy,
@@ -148,15 +149,16 @@ class Retention:
         difference is exact and leaves keys alone (relative rotary positions, Su et al. 2021).
         None if every turn is 0.
         """
-        if not self.rotates[rows].any():
+        table, rotates = self._table, self.rotates[rows]
+        # Blocks turn once a gap has closed before them, never sooner.
+        if not (rotates & (table.num_evicted[rows] > 0)).any():
             return None
-        table, at = self._table, at_rows(rows)
-        index = np.arange(width, dtype=np.int32)
-        last = np.where(self.rotates[rows], table.num_blocks[:, at], 0)
-        query = table.num_resident[:, at] - table.next_position[at]
+        at, index = at_rows(rows), np.arange(width, dtype=np.int32)
+        last = alike(np.where(rotates, table.num_blocks[:, at], 0))
+        query = alike(table.num_resident[:, at] - table.next_position[at])
         # In place: fresh pages cost more than the arithmetic.
-        turns: Int32 = table.rotation[:, at, :width] + query[:, :, None]
-        turns -= index * table.block_size
+        ahead = query[:, :, None] - index * np.int32(table.block_size)
+        turns: Int32 = table.rotation[:, at, :width] + ahead
         turns *= (index < last[:, :, None]).astype(np.int32)
         return turns if turns.any() else None
 
@@ -174,7 +176,7 @@ class Retention:
                 if chosen.unit == "token":
                     entries = self._width(chosen, rows[live])
                     self._table.reserve_slots(entries)
-                view = self.view(chosen, rows[live], groups=1)
+                view = self.view(chosen, rows[live], groups=1, scores=False)
                 wanted.append(
                     Observation(
                         unit=chosen.unit,
@@ -203,22 +205,29 @@ class Retention:
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
             if not len(rows):
                 continue
-            counts = np.diff(plan.query_start)[members]
-            width = observed.values.shape[2]
-            values = observed.values[:, at_rows(live)].reshape(-1, width)
+            counts = plan.query_start[members + 1] - plan.query_start[members]
             chosen = self._policies[int(self.policy_id[rows[0]])]
-            view, entries = self.view(chosen, rows, width=width), self._entries(chosen)
-            shape, at = (table.num_groups, len(rows), width), at_rows(rows)
-            counts = np.tile(counts, table.num_groups)
-            if chosen.scorer().additive:
-                seen = observing_queries(chosen, view, counts)
-                entries.score[:, at, :width] += values.reshape(shape)
-                entries.weight[:, at, :width] += seen.reshape(shape)
-            else:
-                score, weight = update(chosen, view, counts, values)
-                entries.score[:, at, :width] = score.reshape(shape)
-                entries.weight[:, at, :width] = weight.reshape(shape)
-            entries.mass[:, at, :width] = observed.mass[:, at_rows(live)]
+            if chosen.scorer().observe != "none":
+                self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
+            mass, at = self._entries(chosen).mass, at_rows(rows)
+            mass[:, at, : observed.mass.shape[2]] = observed.mass[:, at_rows(live)]
+
+    def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
+        """Let the scores of rows of one policy take in [groups, B, width] observed values."""
+        table, entries, at = self._table, self._entries(chosen), at_rows(rows)
+        groups, width = table.num_groups, values.shape[2]
+        if chosen.scorer().additive:
+            # Where all groups hold as many tokens, the same queries saw their entries.
+            groups = len(alike(table.num_resident[:, at]))
+            view = self.view(chosen, rows, width=width, groups=groups, scores=False)
+            seen = observing_queries(chosen, view, np.tile(counts, groups))
+            entries.score[:, at, :width] += values
+            entries.weight[:, at, :width] += seen.reshape(groups, len(rows), width)
+            return
+        view, flat = self.view(chosen, rows, width=width), values.reshape(-1, width)
+        score, weight = update(chosen, view, np.tile(counts, groups), flat)
+        entries.score[:, at, :width] = score.reshape(values.shape)
+        entries.weight[:, at, :width] = weight.reshape(values.shape)
 
     def evict(self, rows: Int32) -> Int32:
         """Let windows slide, then hold the rounds that are due and take what they decide.
@@ -255,11 +264,15 @@ class Retention:
         Returns:
             The rows that `BlockManager.compact` could not serve.
         """
-        table, view = self._table, self.view(chosen, rows)
+        table = self._table
+        replays = table.num_computed[rows] <= table.replay_until[rows]
+        if not replays.any() and not may_evict(chosen, self.view(chosen, rows, scores=False)):
+            return rows[:0]
+        view = self.view(chosen, rows)
         keep = select(chosen, view).reshape(table.num_groups, len(rows), -1)
         keep[self.windows > 0] = True
         in_use = self._in_use(chosen, rows)
-        for i in np.flatnonzero(table.num_computed[rows] <= table.replay_until[rows]).tolist():
+        for i in np.flatnonzero(replays).tolist():
             replay_round(table, int(rows[i]), keep[:, i], in_use[:, i])
         gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
         if not gone.any():
@@ -310,9 +323,21 @@ class Retention:
             self._manager.drop(rows[sliding], np.arange(width) >= blind[:, sliding, None])
 
     def view(
-        self, chosen: Policy, rows: Int32, *, width: int | None = None, groups: int | None = None
+        self,
+        chosen: Policy,
+        rows: Int32,
+        *,
+        width: int | None = None,
+        groups: int | None = None,
+        scores: bool = True,
     ) -> View:
-        """Return the eviction plane's view of some rows' tables."""
+        """Return the eviction plane's view of some rows' tables.
+
+        Args:
+            width: Entries per table; if omitted, those that the widest table has room for.
+            groups: The first so many groups alone; if omitted, all.
+            scores: Whether to gather what is known of each entry; if not, zeros stand there.
+        """
         table, layout, entries = self._table, self._layout, self._entries(chosen)
         groups = groups or table.num_groups
         if width is None:
@@ -321,11 +346,18 @@ class Retention:
         if table.num_groups % heads:
             heads = 1
         flat, at = (groups * len(rows), width), at_rows(rows)
+        columns = (entries.score, entries.weight, entries.first_position)
+        score, weight, first_position = (
+            column[:groups, at, :width].reshape(flat)
+            if scores
+            else np.broadcast_to(column.dtype.type(0), flat)
+            for column in columns
+        )
         return View(
-            score=entries.score[:groups, at, :width].reshape(flat),
-            weight=entries.weight[:groups, at, :width].reshape(flat),
-            first_position=entries.first_position[:groups, at, :width].reshape(flat),
-            num_resident=table.num_resident[:groups, rows].ravel(),
+            score=score,
+            weight=weight,
+            first_position=first_position,
+            num_resident=table.num_resident[:groups, at].ravel(),
             num_computed=np.tile(table.num_computed[rows], groups),
             num_prompt=np.tile(table.num_prompt[rows], groups),
             block_size=self._entry_size(chosen),
@@ -340,6 +372,8 @@ class Retention:
         ids = self.policy_id[rows]
         if ids.max(initial=-1) < 0:
             return []
+        if (ids == ids[0]).all():  # the usual case, and a sort less
+            return [(self._policies[int(ids[0])], np.arange(len(ids), dtype=np.int32))]
         used = np.unique(ids[ids >= 0]).tolist()
         return [(self._policies[i], np.flatnonzero(ids == i).astype(np.int32)) for i in used]
 

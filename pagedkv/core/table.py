@@ -222,6 +222,8 @@ class SequenceTable:
         """
         if not len(ids):
             return
+        grows = counts.any(axis=0)
+        rows, counts = rows[grows], counts[:, grows]
         before = self.num_blocks[:, rows]
         self.reserve_blocks(int((before + counts).max(initial=0)))
         flat = counts.ravel()

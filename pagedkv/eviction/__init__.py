@@ -28,7 +28,7 @@ from pagedkv.eviction.observe import observe_from, observing_queries, rank, upda
 from pagedkv.eviction.policy import Policy, check, lookback
 from pagedkv.eviction.rounds import Cadence
 from pagedkv.eviction.scores import OBSERVATIONS, SCORES, UNOBSERVED, Score, Step, find_score
-from pagedkv.eviction.select import choose, protect, select, survivors
+from pagedkv.eviction.select import choose, may_evict, protect, select, survivors
 from pagedkv.eviction.view import View
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "floor_blocks",
     "format_policy",
     "lookback",
+    "may_evict",
     "num_evictions",
     "observe_from",
     "observing_queries",

@@ -7,7 +7,7 @@ from pagedkv.eviction.observe import rank
 from pagedkv.eviction.policy import Policy
 from pagedkv.eviction.view import Bool, Float32, Int, View
 
-__all__ = ["ADA_FLOOR", "choose", "protect", "select", "survivors"]
+__all__ = ["ADA_FLOOR", "choose", "may_evict", "protect", "select", "survivors"]
 
 ADA_FLOOR = 0.2
 """The part of its even share that every head keeps when heads compete (AdaKV, Feng et al. 2024)."""
@@ -54,6 +54,16 @@ def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:
         np.put_along_axis(lowest, order, np.arange(keys.shape[1]) < count[:, None], axis=1)
     evict[due] = lowest & open_
     return evict
+
+
+def may_evict(policy: Policy, view: View) -> bool:
+    """Return whether `select` could take anything from these tables; reads no score.
+
+    False is certain: all are within their cap, and what may go beyond it goes only with it.
+    """
+    if policy.threshold is not None or (policy.lowest is not None and not policy.capped):
+        return policy.evicts
+    return bool((view.num_sealed > block_limit(policy, view)).any())
 
 
 def select(policy: Policy, view: View) -> Bool:
