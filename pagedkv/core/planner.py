@@ -31,9 +31,7 @@ def build_plan(
         copies: [C, 2] Blocks to copy after that.
         siblings: Rows that fork from a row once its prompt is computed, by that row.
     """
-    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    member = np.repeat(np.arange(len(rows)), counts)
-    offset = (np.arange(len(member)) - start[member]).astype(np.int32)
+    start, member, offset = _packed(counts)
     row = rows[member]
     at, to = at_rows(rows), at_rows(row)
     place = table.num_resident[:, to] + offset
@@ -64,6 +62,21 @@ def build_plan(
         sampling=table.sampling_batch(sample_rows),
         prompt_targets=_prompt_targets(table, rows, member, offset),
     )
+
+
+def _packed(counts: Int32) -> tuple[Int32, Int64, Int32]:
+    """Pack sequences of so many tokens one after the other.
+
+    Returns:
+        Where each begins, [B + 1]; and of each token the sequence it is of, and the place in it,
+        [T] each.
+    """
+    start = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=start[1:])
+    if start[-1] == len(counts):  # a token each, as all decode
+        return start, np.arange(len(counts)), np.zeros(len(counts), np.int32)
+    member = np.repeat(np.arange(len(counts)), counts)
+    return start, member, (np.arange(len(member)) - start[member]).astype(np.int32)
 
 
 def _prompt_targets(

@@ -51,6 +51,7 @@ class Retention:
         self.policy_id: Int32 = np.full(rows, -1, np.int32)
         self.rotates: Bool = np.zeros(rows, np.bool_)
         self.windows: Int32 = np.array(layout.windows, np.int32)
+        self._slides = bool(self.windows.any())
 
     # Before a sequence runs
 
@@ -106,7 +107,7 @@ class Retention:
         """Return how many entries each table has: [groups, B]."""
         table = self._table
         counts = table.num_resident if chosen.unit == "token" else table.num_blocks
-        in_use: Int32 = counts[:, rows]
+        in_use: Int32 = counts[:, at_rows(rows)]
         return in_use
 
     def _width(self, chosen: Policy, rows: Int32) -> int:
@@ -137,8 +138,10 @@ class Retention:
         positions stay as small as its cache. Inside a block they go on: a block's keys are turned
         as one.
         """
-        table = self._table
-        at = rows[self.rotates[rows] & (table.num_computed[rows] % table.block_size == 0)]
+        table, rotates = self._table, self.rotates[rows]
+        if not rotates.any():
+            return
+        at = rows[rotates & (table.num_computed[rows] % table.block_size == 0)]
         table.next_position[at] = table.num_resident[:, at].max(axis=0, initial=0)
 
     def turns(self, rows: Int32, width: int) -> Int32 | None:
@@ -176,7 +179,7 @@ class Retention:
                 if chosen.unit == "token":
                     entries = self._width(chosen, rows[live])
                     self._table.reserve_slots(entries)
-                view = self.view(chosen, rows[live], groups=1, scores=False)
+                view = self.view(chosen, rows[live], width=entries, groups=1, scores=False)
                 wanted.append(
                     Observation(
                         unit=chosen.unit,
@@ -242,7 +245,7 @@ class Retention:
             they keep is decided: preempt them at once, and they come back to it.
         """
         stuck = [rows[:0]]
-        if self.windows.any():
+        if self._slides:
             self._slide(rows)
         for chosen, at in self._by_policy(rows):
             cadence = chosen.cadence(self._manager.block_size)
@@ -369,6 +372,8 @@ class Retention:
 
     def _by_policy(self, rows: Int32) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
+        if not self._policies:
+            return []
         ids = self.policy_id[rows]
         if ids.max(initial=-1) < 0:
             return []

@@ -234,8 +234,10 @@ class Scheduler:
         need = self.retention.limit(rows, need)
         if limits.long_prefill_token_threshold and len(rows) + len(self._roster.waiting) > 1:
             need = np.minimum(need, limits.long_prefill_token_threshold)
-        before = np.cumsum(need) - need
-        counts = np.clip(limits.max_num_batched_tokens - before, 0, need).astype(np.int32)
+        counts, budget = need.astype(np.int32), limits.max_num_batched_tokens
+        if need.sum() > budget:
+            before = np.cumsum(need) - need
+            counts = np.clip(budget - before, 0, need).astype(np.int32)
         granted = counts > 0
         return rows[granted], counts[granted]
 
@@ -256,12 +258,13 @@ class Scheduler:
         self._outstanding = None
         self.tier.commit()
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
-        counts = np.diff(plan.query_start)
-        self._charge(plan.rows[alive], counts[alive])
+        counts = plan.query_start[1:] - plan.query_start[:-1]
+        live, computed = plan.rows[alive], counts[alive]
+        self._charge(live, computed)
         broken = alive & not_finite(plan, result)
         self.retention.observe(plan, result, alive & ~broken)
-        self.manager.advance(plan.rows[alive], counts[alive])
-        self._preempt(self.retention.evict(plan.rows[alive]))
+        self.manager.advance(live, computed)
+        self._preempt(self.retention.evict(live))
         self._roster.fork_finished_prompts()
         failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
         self._end_failed(plan.sample_rows[failed], "the model's logits were not finite")

@@ -15,6 +15,7 @@ __all__ = ["SequenceTable"]
 FIRST_WIDTH = 64
 FREE = -1
 ENTRY_COLUMNS = ("block_table", "first_position", "rotation", "score", "weight", "mass")
+NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 SCORE_COLUMNS = ENTRY_COLUMNS[3:]
 PROGRESS_COLUMNS = (
     "num_blocks",
@@ -59,6 +60,7 @@ class SequenceTable:
         first_position: Beside it, where each block's first token stands in its sequence.
         rotation: Beside it, the position that token's key was rotated to.
         score, weight, mass: Beside it, what the eviction policy knows of each block.
+        penalised: Whether any penalty is set in ``sampling``.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
 
     Rows and table widths grow by doubling when first needed, never while a step is in flight.
@@ -113,6 +115,7 @@ class SequenceTable:
             "presence_penalty": np.zeros(rows, np.float32),
             "frequency_penalty": np.zeros(rows, np.float32),
         }
+        self.penalised: Bool = np.zeros(rows, np.bool_)
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: Int32 = np.zeros(0, np.int32)
         self.runs: Bool = np.zeros(rows, np.bool_)
@@ -162,6 +165,7 @@ class SequenceTable:
             if name not in ("seed", "num_logprobs"):
                 column[row] = getattr(params, name)
         self.sampling["seed"][row] = seq.seed
+        self.penalised[row] = any(self.sampling[name][row] != at for name, at in NO_PENALTY.items())
         reported = 0 if params.ranks and params.logprobs is None else params.logprobs
         self.sampling["num_logprobs"][row] = -1 if reported is None else reported
         self.cumulative[row] = seq.cumulative
@@ -226,13 +230,19 @@ class SequenceTable:
         rows, counts = rows[grows], counts[:, grows]
         before = self.num_blocks[:, rows]
         self.reserve_blocks(int((before + counts).max(initial=0)))
-        flat = counts.ravel()
-        table = np.repeat(np.arange(flat.size), flat)
-        group, member = np.divmod(table, max(1, len(rows)))
-        ordinal = np.arange(len(ids)) - np.repeat(np.cumsum(flat) - flat, flat)
-        row = rows[member]
-        at = group, row, before.ravel()[table] + ordinal
-        ahead = at[2] * self.block_size - self.num_resident[group, row]
+        group: Int64
+        row: Int32
+        if counts.size == len(ids) and (counts == 1).all():  # a block each, as in decode
+            group, row, index = np.arange(self.num_groups)[:, None], rows, before
+            ids = ids.reshape(before.shape)
+        else:
+            flat = counts.ravel()
+            table = np.repeat(np.arange(flat.size), flat)
+            group, member = np.divmod(table, max(1, len(rows)))
+            ordinal = np.arange(len(ids)) - np.repeat(np.cumsum(flat) - flat, flat)
+            row, index = rows[member], before.ravel()[table] + ordinal
+        at = group, row, index
+        ahead = index * self.block_size - self.num_resident[group, row]
         self.block_table[at] = ids
         self.first_position[at] = self.num_computed[row] + ahead
         self.rotation[at] = self.next_position[row] + ahead
@@ -334,15 +344,11 @@ class SequenceTable:
         return SamplingBatch(
             **columns,
             position=self.num_known[rows] - self.num_prompt[rows],
-            penalties=self._penalties(rows, columns),
+            penalties=self._penalties(rows),
         )
 
-    def _penalties(self, rows: Int32, columns: dict[str, npt.NDArray[Any]]) -> Penalties | None:
-        wanted = (
-            (columns["repetition_penalty"] != 1)
-            | (columns["presence_penalty"] != 0)
-            | (columns["frequency_penalty"] != 0)
-        )
+    def _penalties(self, rows: Int32) -> Penalties | None:
+        wanted = self.penalised[rows]
         if not wanted.any():
             return None
         sample = np.flatnonzero(wanted).astype(np.int32)
