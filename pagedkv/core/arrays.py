@@ -28,7 +28,9 @@ def at_rows(rows: Int32) -> Any:
 
     What is read through it may be a view: copy it before it leaves the step.
     """
-    span = len(rows) - 1
-    if span >= 0 and rows[span] - rows[0] == span and (rows[1:] > rows[:-1]).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
+    if not len(rows) or rows[-1] - rows[0] != len(rows) - 1:
+        return rows
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    # Bytes, for at the few rows of most steps they compare in half the time of arrays.
+    follow_on = np.arange(first, end, dtype=rows.dtype).tobytes() == rows.tobytes()
+    return slice(first, end) if follow_on else rows

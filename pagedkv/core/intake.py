@@ -5,6 +5,7 @@ import numpy as np
 from pagedkv.config import EngineConfig
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Int32
+from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.request import Request, Sequence
 from pagedkv.core.retention import Retention
@@ -112,7 +113,7 @@ class Intake:
         row = np.array([seq.row], np.int32)
         left = self._table.num_known[row] - self._table.num_computed[row]
         count = min(int(self._retention.limit(row, left)[0]), most)
-        self._retention.place(row)
+        place(self._table, self._retention.rotates, row)
         copies = self._manager.grow(row, np.array([count], np.int32))
         assert not len(copies), "an admitted sequence shares no block that it writes to"
         return count

@@ -196,12 +196,13 @@ class BlockManager:
         self.table.next_position[rows] += counts
         if self.enable_prefix_caching:
             first, end = before // self.block_size, after // self.block_size
-            sealed = (first != end) & self.table.publishable(rows)
-            if sealed.any():
-                one = sealed & (end - first == 1) & (self._events is None)
-                self._publish_one(rows[one], first[one])
-                for i in np.flatnonzero(sealed & ~one).tolist():
-                    self._publish(int(rows[i]), int(first[i]))
+            sealed = np.flatnonzero(first != end)
+            sealed = sealed[self.table.publishable(rows[sealed])]
+            one = (end[sealed] - first[sealed] == 1) & (self._events is None)
+            if one.any():
+                self._publish_one(rows[sealed[one]], first[sealed[one]])
+            for i in sealed[~one].tolist():
+                self._publish(int(rows[i]), int(first[i]))
 
     def _publish_one(self, rows: Int32, first: Int32) -> None:
         """Insert one full block of each row, its ``first``; what can be gathered is, at once."""

@@ -4,6 +4,7 @@ import numpy as np
 
 from pagedkv.core.arrays import Int32, Int64, at_rows
 from pagedkv.core.plan import PromptTargets, StepPlan
+from pagedkv.core.positions import turns
 from pagedkv.core.retention import Retention
 from pagedkv.core.table import SequenceTable
 
@@ -33,7 +34,8 @@ def build_plan(
     """
     start, member, offset = _packed(counts)
     row = rows[member]
-    at, to = at_rows(rows), at_rows(row)
+    at = at_rows(rows)
+    to = at if len(row) == len(rows) else row
     place = table.num_resident[:, to] + offset
     index = place // table.block_size
     groups = np.arange(table.num_groups)[:, None]
@@ -55,7 +57,7 @@ def build_plan(
         slot_mapping=(blocks - index) * table.block_size + place,
         block_table=table.block_table[:, at, :width].copy(),
         num_resident=table.num_resident[:, at] + counts,
-        turns=retention.turns(rows, width),
+        turns=turns(table, retention.rotates, rows, width),
         observations=retention.observations(rows, counts, width),
         sample_index=sample_index,
         sample_rows=sample_rows,

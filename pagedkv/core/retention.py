@@ -4,6 +4,8 @@ The eviction plane says what a policy is; this says when it looks, what it is to
 record that lets a preempted sequence forget the same things again.
 """
 
+from typing import Any
+
 import numpy as np
 
 from pagedkv.config import EngineConfig
@@ -38,7 +40,7 @@ class Retention:
     Rounds of eviction lie at token counts that depend on the sequence alone, and no step crosses
     one; so what a sequence keeps is the same whoever runs beside it.
 
-    Columns by table row: `policy_id` (-1 evicts nothing), `rotates` (cache positions), `lost_mass`.
+    Columns by table row: `policy_id` (-1 evicts nothing), `rotates` (cache positions).
     """
 
     def __init__(self, config: EngineConfig, layout: GroupLayout, manager: BlockManager) -> None:
@@ -107,7 +109,7 @@ class Retention:
         """Return how many entries each table has: [groups, B]."""
         table = self._table
         counts = table.num_resident if chosen.unit == "token" else table.num_blocks
-        in_use: Int32 = counts[:, at_rows(rows)]
+        in_use: Int32 = counts[:, rows]
         return in_use
 
     def _width(self, chosen: Policy, rows: Int32) -> int:
@@ -130,40 +132,6 @@ class Retention:
             need = need.copy()
             need[at] = np.minimum(need[at], ahead)
         return need
-
-    def place(self, rows: Int32) -> None:
-        """Choose the positions that the next tokens of rotating rows are written at.
-
-        At a block boundary a sequence starts over from the number of tokens it still has, so
-        positions stay as small as its cache. Inside a block they go on: a block's keys are turned
-        as one.
-        """
-        table, rotates = self._table, self.rotates[rows]
-        if not rotates.any():
-            return
-        at = rows[rotates & (table.num_computed[rows] % table.block_size == 0)]
-        table.next_position[at] = table.num_resident[:, at].max(axis=0, initial=0)
-
-    def turns(self, rows: Int32, width: int) -> Int32 | None:
-        """Return by how many positions each block's queries must be turned: [groups, B, width].
-
-        A query at resident index n with position w sees a block whose first key has index c and
-        position r at distance n - c; the rotation alone gives w - r. Turning the query by the
-        difference is exact and leaves keys alone (relative rotary positions, Su et al. 2021).
-        None if every turn is 0.
-        """
-        table, rotates = self._table, self.rotates[rows]
-        # Blocks turn once a gap has closed before them, never sooner.
-        if not (rotates & (table.num_evicted[rows] > 0)).any():
-            return None
-        at, index = at_rows(rows), np.arange(width, dtype=np.int32)
-        last = alike(np.where(rotates, table.num_blocks[:, at], 0))
-        query = alike(table.num_resident[:, at] - table.next_position[at])
-        # In place: fresh pages cost more than the arithmetic.
-        ahead = query[:, :, None] - index * np.int32(table.block_size)
-        turns: Int32 = table.rotation[:, at, :width] + ahead
-        turns *= (index < last[:, :, None]).astype(np.int32)
-        return turns if turns.any() else None
 
     def observations(self, rows: Int32, counts: Int32, width: int) -> list[Observation]:
         """Return what the executor is to observe for the policies of the rows.
@@ -202,7 +170,6 @@ class Retention:
         Args:
             alive: [B] Which of the plan's sequences still run.
         """
-        table = self._table
         for wanted, observed in zip(plan.observations, result.observed, strict=True):
             live = np.flatnonzero(alive[wanted.members]).astype(np.int32)
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
@@ -212,13 +179,13 @@ class Retention:
             chosen = self._policies[int(self.policy_id[rows[0]])]
             if chosen.scorer().observe != "none":
                 self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
-            mass, at = self._entries(chosen).mass, at_rows(rows)
-            mass[:, at, : observed.mass.shape[2]] = observed.mass[:, at_rows(live)]
+            mass = observed.mass[:, at_rows(live)]
+            self._entries(chosen).mass[:, at_rows(rows), : mass.shape[2]] = mass
 
     def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
         """Let the scores of rows of one policy take in [groups, B, width] observed values."""
         table, entries, at = self._table, self._entries(chosen), at_rows(rows)
-        groups, width = table.num_groups, values.shape[2]
+        width = values.shape[2]
         if chosen.scorer().additive:
             # Where all groups hold as many tokens, the same queries saw their entries.
             groups = len(alike(table.num_resident[:, at]))
@@ -228,7 +195,7 @@ class Retention:
             entries.weight[:, at, :width] += seen.reshape(groups, len(rows), width)
             return
         view, flat = self.view(chosen, rows, width=width), values.reshape(-1, width)
-        score, weight = update(chosen, view, np.tile(counts, groups), flat)
+        score, weight = update(chosen, view, np.tile(counts, table.num_groups), flat)
         entries.score[:, at, :width] = score.reshape(values.shape)
         entries.weight[:, at, :width] = weight.reshape(values.shape)
 
@@ -337,29 +304,23 @@ class Retention:
         """Return the eviction plane's view of some rows' tables.
 
         Args:
-            width: Entries per table; if omitted, those that the widest table has room for.
-            groups: The first so many groups alone; if omitted, all.
-            scores: Whether to gather what is known of each entry; if not, zeros stand there.
+            width: Entries per table; if omitted, what the widest table has room for.
+            groups: The first so many alone; if omitted, all.
+            scores: Whether to gather what is known of entries; if not, zeros stand there.
         """
         table, layout, entries = self._table, self._layout, self._entries(chosen)
-        groups = groups or table.num_groups
-        if width is None:
-            width = self._width(chosen, rows)
+        groups, width = groups or table.num_groups, width or self._width(chosen, rows)
         heads = self._config.model.num_kv_heads if layout.heads_per_group == 1 else 1
         if table.num_groups % heads:
             heads = 1
         flat, at = (groups * len(rows), width), at_rows(rows)
-        columns = (entries.score, entries.weight, entries.first_position)
-        score, weight, first_position = (
-            column[:groups, at, :width].reshape(flat)
-            if scores
-            else np.broadcast_to(column.dtype.type(0), flat)
-            for column in columns
-        )
+        columns: list[Any] = [entries.score, entries.weight, entries.first_position]
+        blank = [np.broadcast_to(each.dtype.type(0), flat) for each in columns]
+        read = [each[:groups, at, :width].reshape(flat) for each in columns] if scores else blank
         return View(
-            score=score,
-            weight=weight,
-            first_position=first_position,
+            score=read[0],
+            weight=read[1],
+            first_position=read[2],
             num_resident=table.num_resident[:groups, at].ravel(),
             num_computed=np.tile(table.num_computed[rows], groups),
             num_prompt=np.tile(table.num_prompt[rows], groups),
@@ -400,10 +361,10 @@ class Retention:
 
         None that replays, and none that ranks tokens: packing what it keeps may take blocks.
         """
-        rows = self._table.running
-        rows = rows[self._table.num_computed[rows] >= self._table.replay_until[rows]]
-        elastic = [(p, at) for p, at in self._by_policy(rows) if p.adaptive and p.unit == "block"]
-        return [(chosen, rows[at]) for chosen, at in elastic]
+        table, rows = self._table, self._table.running
+        rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
+        found = self._by_policy(rows)
+        return [(p, rows[at]) for p, at in found if p.adaptive and p.unit == "block"]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""

@@ -12,6 +12,7 @@ from pagedkv.core.intake import Intake
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, not_finite
 from pagedkv.core.planner import build_plan
+from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue, urgency
 from pagedkv.core.request import FinishedSequence, Request, Sequence, prompt_array
@@ -178,7 +179,7 @@ class Scheduler:
         self._intake.make_way(now)
         rungs = self._totals.num_rungs
         rows, counts = self._continue_running()
-        self.retention.place(rows)
+        place(self.table, self.retention.rotates, rows)
         copies = self.manager.grow(rows, counts)
         if rungs == self._totals.num_rungs:
             self.admission.step()
@@ -236,8 +237,7 @@ class Scheduler:
             need = np.minimum(need, limits.long_prefill_token_threshold)
         counts, budget = need.astype(np.int32), limits.max_num_batched_tokens
         if need.sum() > budget:
-            before = np.cumsum(need) - need
-            counts = np.clip(budget - before, 0, need).astype(np.int32)
+            counts = np.clip(budget - (np.cumsum(need) - need), 0, need).astype(np.int32)
         granted = counts > 0
         return rows[granted], counts[granted]
 

@@ -295,8 +295,8 @@ class SequenceTable:
 
     def note_tokens(self, rows: Int32, counts: Int32) -> None:
         """Let rows that evict by token know the tokens that come next; their blocks are there."""
-        at = np.flatnonzero(self.by_token[rows])
-        if len(at):
+        if self.by_token[rows].any():
+            at = np.flatnonzero(self.by_token[rows])
             rows = rows[at]
             width = int(self.num_blocks[:, rows].max()) * self.block_size
             self.reserve_slots(width)
