@@ -3,17 +3,21 @@
     python benchmarks/control_plane.py
     python benchmarks/control_plane.py --running 16,512 --steps 32 --tables sequence
     python benchmarks/control_plane.py --vllm-python ENV/bin/python
+    python benchmarks/control_plane.py --against OTHER_CHECKOUT
 
 A step is `schedule` and `commit` while every sequence decodes; prompts are of staggered length, so
 that each step some of them cross a block boundary, take a block, seal one and hash it. What a
 device would do is left out. CPU time of the thread is what to compare on a busy machine; wall time
-stands beside it. With --vllm-python, vLLM's own scheduler is driven over the same prompts in the
-same run, by the Python of another environment (`vllm_steps.py`); without, that is said.
+stands beside it. With --against, each step is timed by another checkout of the package as well,
+right after ours, and the ratio stands at the end of the line. With --vllm-python, vLLM's own
+scheduler is driven over the same prompts in the same run, by the Python of another environment
+(`vllm_steps.py`); without, that is said.
 """
 
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,7 +46,14 @@ from pagedkv.core.table import ENTRY_COLUMNS
 
 PROMPT = 64
 SHAPES = {"sequence": (1, 1), "layer": (30, 1), "head": (30, 3)}
-POLICIES = ("full", "streaming", "h2o")
+POLICIES = {
+    "full": "full",
+    "streaming": "streaming",
+    "h2o": "h2o",
+    # Half the budget: each sequence gives up a block at each of its boundaries.
+    "streaming, evicting": "sinks=4 + budget=256",
+    "h2o, evicting": "recent=0.5 + score=sum + budget=256 + gqa=sum",
+}
 
 
 def scheduler(running: int, steps: int, seed: int, **options: Any) -> Scheduler:
@@ -177,12 +188,30 @@ def vllm(python: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def against(checkout: Path, running: int, steps: int, seed: int, **options: Any) -> float:
+    """Return the median CPU seconds of the same steps, timed by another checkout's package."""
+    told = json.dumps([running, steps, seed, options])
+    code = "import json, sys, control_plane as c\n"
+    code += "n, steps, seed, rest = json.loads(sys.argv[1])\n"
+    code += "print(json.dumps(c.step_times(n, steps, seed, **rest)['cpu']))"
+    path = os.pathsep.join([str(checkout.resolve()), str(Path(__file__).resolve().parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, told],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    return float(np.median(json.loads(done.stdout)))
+
+
 def line(name: str, found: dict[str, Any]) -> str:
     """Return a row of the table of steps."""
     wall, cpu = np.array(found["wall"]) * 1e6, np.array(found["cpu"]) * 1e6
     share = np.median(cpu) / found["running"]
     return (
-        f"{name:34s} {np.median(wall):9.0f} {np.median(cpu):9.0f} {np.percentile(cpu, 99):9.0f} "
+        f"{name:38s} {np.median(wall):9.0f} {np.median(cpu):9.0f} {np.percentile(cpu, 99):9.0f} "
         f"{share:9.2f}"
     )
 
@@ -197,25 +226,30 @@ def main() -> None:
     parser.add_argument("--vllm-python", metavar="FILE", help="Python that can import vLLM")
     parser.add_argument("--vllm-most", type=int, default=512, help="sequences to drive vLLM with")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
+    parser.add_argument("--against", metavar="DIR", type=Path, help="another checkout to time")
     args = parser.parse_args()
     args.running = [int(n) for n in args.running.split(",")]
     facts = {"machine": machine(), "versions": versions(), "seed": args.seed, "steps": args.steps}
     used = ", ".join(f"{k} {facts['versions'][k]}" for k in ("pagedkv", "python", "numpy"))
     print(f"On {facts['machine']['cpu']}, seed {args.seed}; {used}.\n")
     print(
-        f"{'step, microseconds':34s} {'wall p50':>9s} {'CPU p50':>9s} {'CPU p99':>9s} "
+        f"{'step, microseconds':38s} {'wall p50':>9s} {'CPU p50':>9s} {'CPU p99':>9s} "
         f"{'per seq':>9s}"
     )
-    steps = []
-    for n in args.running:
-        steps.append(step_times(n, args.steps, args.seed))
-        print(line(f"{n} sequences", steps[-1]))
+    cases: list[tuple[str, int, dict[str, Any]]]
+    cases = [(f"{n} sequences", n, {}) for n in args.running]
     for shape in args.tables.split(","):
-        for policy in POLICIES if shape != "sequence" else ():
-            steps.append(
-                step_times(256, args.steps, args.seed, tables=shape, policy=policy, prompt=256)
-            )
-            print(line(f"256 x one table per {shape}, {policy}", steps[-1]))
+        for name, policy in POLICIES.items() if shape != "sequence" else ():
+            options = {"tables": shape, "policy": policy, "prompt": 256}
+            cases.append((f"256 x one per {shape}, {name}", 256, options))
+    steps = []
+    for name, n, options in cases:
+        steps.append(step_times(n, args.steps, args.seed, **options))
+        end = ""
+        if args.against:
+            before = against(args.against, n, args.steps, args.seed, **options)
+            end = f"   before {before * 1e6:6.0f}, x{before / np.median(steps[-1]['cpu']):.2f}"
+        print(line(name, steps[-1]) + end, flush=True)
     other = vllm(args.vllm_python, args) if args.vllm_python else None
     for each in other["steps"] if other else ():
         print(line(f"vLLM {other['version']}, {each['running']} sequences", each))
