@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pagedkv import eviction
-from pagedkv.eviction import View, choose, policy, protect, select, survivors
+from pagedkv.eviction import View, choose, may_evict, policy, protect, select, survivors
 
 
 def view(resident, *, size=4, width=12, score=None, weight=1.0, computed=None, prompt=0, **more):
@@ -45,6 +45,26 @@ def test_protect(sinks, recent, resident, kept):
     stays = protect(chosen, view([resident]))[0]
     used = -(-resident // 4)
     assert np.flatnonzero(stays[:used]).tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "over"),
+    [
+        ("budget=16", 20),  # the tail comes on top
+        ("sinks=4 + recent=4 + score=sum + budget=16 + lowest=0.5", 20),
+        ("score=sum + threshold=0.5", 0),
+        ("score=sum + lowest=0.5", 0),
+    ],
+)
+def test_a_round_is_called_off_only_if_it_could_take_nothing(text, over):
+    chosen, scores = policy(text), np.random.default_rng(0).random((1, 12))
+    for resident in range(1, 49):
+        before = view([resident], score=scores)
+        called_off = not may_evict(chosen, before)
+        assert called_off == (resident < over)
+        if called_off:
+            used = before.entry < -(-resident // 4)
+            assert (select(chosen, before)[0] == used).all()
 
 
 RANKS = st.floats(width=32, allow_nan=True, allow_infinity=True)
