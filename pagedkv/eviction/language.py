@@ -53,6 +53,12 @@ def policy(expression: str | Policy, /, **overrides: Any) -> Policy:
     """
     if isinstance(expression, Policy):
         expression = format_policy(expression)
+    if not isinstance(expression, str):
+        raise PolicyError(
+            f"the policy is {expression!r:.80}",
+            where="policy",
+            remedy="give a preset's name, an expression or a Policy",
+        )
     reader = _Reader(expression)
     reader.read()
     for name, value in overrides.items():
@@ -125,7 +131,7 @@ class _Reader:
             raise PolicyError(
                 f"unknown term {name!r}", where="policy", remedy=_nearest(name, TERMS)
             )
-        text = f"{value[0]}..{value[1]}" if isinstance(value, tuple | list) else str(value)
+        text = "..".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
         try:
             fields = TERMS[name](text)
         except _Fault as fault:
@@ -274,7 +280,7 @@ TERMS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def format_policy(policy: Policy) -> str:
-    """Return the canonical expression: ``pagedkv.policy`` of it equals the policy."""
+    """Return the canonical expression: ``pagedkv.eviction.policy`` of it equals the policy."""
     default = Policy()
     if policy == default:
         return "full"

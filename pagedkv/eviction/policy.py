@@ -11,13 +11,14 @@ from pagedkv.eviction.scores import SCORES, Score, find_score
 
 __all__ = ["Policy", "check", "lookback"]
 
-Tokens = Annotated[int, Meta(ge=0)]
-Limit = Annotated[int, Meta(ge=1)]
+MOST_TOKENS = 2**30
+Tokens = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
+Limit = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
 Fraction = Annotated[float, Meta(gt=0, lt=1)]
 
 
 class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may be forgotten. `pagedkv.policy` reads one from an expression or a preset's name.
+    """What may be forgotten; `pagedkv.eviction.policy` reads one from an expression or a preset.
 
     At most one of ``tokens``, ``ratio`` and ``adaptive`` caps what stays; at most one of
     ``threshold`` and ``lowest`` decides how much more goes in a round. With neither, nothing is
@@ -133,8 +134,8 @@ def _check_score(policy: Policy) -> None:
     if row.parameter is None:
         if value is not None:
             raise _fault("score", f"score {policy.score!r} takes no parameter", "leave it out")
-    elif value is None or not row.low <= value < row.high:
-        bound = "" if row.high == float("inf") else f", below {row.high:g}"
+    elif value is None or not row.low <= value < min(row.high, MOST_TOKENS):
+        bound = f", below {min(row.high, MOST_TOKENS):g}"
         raise _fault(
             "score",
             f"the parameter of score {policy.score!r} is {value}",

@@ -30,10 +30,12 @@ The last three depend on the block alone (``static``): they are read once, when 
 prefix hit brings it in. All are fp32.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -288,18 +290,58 @@ def find_score(name: str, parameter: float | None = None) -> Score:
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as fault:
+        if callable(made):
+            made = made() if parameter is None else made(parameter)
+    except Exception as fault:  # somebody else's module may raise anything
         raise PolicyError(
-            f"score {name!r} cannot be loaded: {fault}",
+            f"score {name!r} cannot be loaded: {type(fault).__name__}: {fault}",
             where="policy.score",
             remedy="name an importable module and a function in it",
         ) from fault
-    if callable(made):
-        made = made() if parameter is None else made(parameter)
     if not isinstance(made, Score) or made.observe not in OBSERVATIONS:
         raise PolicyError(
             f"score {name!r} gives {made!r}",
             where="policy.score",
             remedy=f"return a Score that observes one of {', '.join(OBSERVATIONS)}",
         )
-    return made
+    if made.lookback == "window" and parameter is None and made.parameter is None:
+        raise PolicyError(
+            f"score {name!r} looks back a window of no length",
+            where="policy.score",
+            remedy="give the Score a parameter, or another lookback",
+        )
+    return _guarded(name, made)
+
+
+def _guarded(name: str, made: Score) -> Score:
+    """Return an out-of-tree score whose functions fail by name, or give arrays of the right shape.
+
+    What the table's own updates do is known, and `Score.additive` goes by their identity.
+    """
+
+    def arrays(call: Callable[[], Any], what: str, shapes: list[tuple[int, ...]]) -> Any:
+        try:
+            found = call()
+            given = found if len(shapes) > 1 else (found,)
+            given = tuple(np.asarray(each, np.float32) for each in given)
+            if [each.shape for each in given] != shapes:
+                raise ValueError(f"shapes {[each.shape for each in given]}, not {shapes}")
+        except Exception as fault:
+            raise PolicyError(
+                f"{what} of score {name!r} failed: {type(fault).__name__}: {fault}",
+                where="policy.score",
+                remedy="mend it; see pagedkv.eviction.Score for what it is given and returns",
+            ) from fault
+        return given if len(shapes) > 1 else given[0]
+
+    def update(step: Step, parameter: float) -> tuple[Float32, Float32]:
+        call = functools.partial(made.update, step, parameter)
+        return arrays(call, "update", [step.score.shape] * 2)  # type: ignore[no-any-return]
+
+    def rank(view: View, cadence: Cadence, parameter: float) -> Float32:
+        call = functools.partial(made.rank, view, cadence, parameter)
+        return arrays(call, "rank", [view.score.shape])  # type: ignore[no-any-return]
+
+    own = made.update in {score.update for score in SCORES.values()}
+    changed = {"rank": rank} if own else {"rank": rank, "update": update}
+    return msgspec.structs.replace(made, **changed)
