@@ -172,12 +172,15 @@ def _occupancy(figure: Any, runs: Sequence[Run]) -> None:
             colors=("#3b6ea5", "#a8c4e0", "#efefef"),
         )
         axes.set_ylim(0, total)
-        axes.set_xlim(0, max(time[-1], 1e-9) if len(time) else 1)
         axes.set_ylabel("blocks")
         if label := label_of(run):
             axes.set_title(label, fontsize=10, loc="left")
-    panels[0].legend(loc="lower right", fontsize=8, ncols=3, framealpha=0.9)
+    end = max(
+        (run["occupancy"]["time"][-1] for run in shown if run["occupancy"]["time"]), default=1
+    )
+    panels[-1].set_xlim(0, max(end, 1e-9))
     panels[-1].set_xlabel("virtual time, s")
+    _legend(figure, panels[0])
 
 
 def _load(figure: Any, runs: Sequence[Run]) -> None:
@@ -277,11 +280,18 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 def _pareto(figure: Any, runs: Sequence[Run]) -> None:
     axes = figure.subplots()
     points = [(r["summary"]["output_throughput"], r["summary"]["p99_ttft_ms"]) for r in runs]
-    axes.scatter(*zip(*points, strict=True), color=_COLORS[0], zorder=3)
-    best = sorted(points[i] for i in frontier(points))
-    axes.plot(*zip(*best, strict=True), color=_COLORS[1], lw=1.2, drawstyle="steps-post")
-    for point, run in zip(points, runs, strict=True):
-        axes.annotate(label_of(run), point, fontsize=8, xytext=(5, 4), textcoords="offset points")
+    best = frontier(points)
+    line = sorted(points[i] for i in best)
+    axes.plot(*zip(*line, strict=True), color="#999999", lw=1.2, drawstyle="steps-post")
+    if len(runs) <= _MOST_LINES:
+        for color, point, run in zip(_COLORS, points, runs, strict=False):
+            axes.scatter(*point, color=color, zorder=3, label=label_of(run))
+        _legend(figure, axes)
+    else:  # more than there are colours for: those on the line have names
+        axes.scatter(*zip(*points, strict=True), color=_COLORS[0], zorder=3)
+        for i in best:
+            name = label_of(runs[i])
+            axes.annotate(name, points[i], fontsize=8, xytext=(5, 4), textcoords="offset points")
     axes.set_xlabel("output tokens/s (more is better)")
     axes.set_ylabel("TTFT p99, ms (less is better)")
     axes.margins(x=0.15, y=0.15)
