@@ -42,10 +42,11 @@ OTHER_VARIABLES = ("PAGEDKV_AUDIT", "PAGEDKV_CACHE_DIR", "PAGEDKV_TRACES")
 
 
 @functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    fields = {field.name for field in msgspec.structs.fields(cls)}
+def _field_types(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Return each field's annotation and default."""
     hints = get_type_hints(cls, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name in fields}
+    fields = msgspec.structs.fields(cls)
+    return {field.name: (hints[field.name], field.default) for field in fields}
 
 
 class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,8 +61,10 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     error: ClassVar[type[PagedKVError]] = ConfigError
 
     def __post_init__(self) -> None:
-        for name, hint in _field_types(type(self)).items():
+        for name, (hint, default) in _field_types(type(self)).items():
             value = getattr(self, name)
+            if value is default:
+                continue
             if isinstance(value, np.generic):
                 value = value.item()
             where = f"{self.section}.{name}" if self.section else name

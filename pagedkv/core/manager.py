@@ -9,7 +9,7 @@ from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
 from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
-from pagedkv.core.request import Sequence
+from pagedkv.core.request import Request, Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import ConfigError
 from pagedkv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, short_hash
@@ -197,59 +197,57 @@ class BlockManager:
         if self.enable_prefix_caching:
             first, end = before // self.block_size, after // self.block_size
             sealed = np.flatnonzero(first != end)
-            sealed = sealed[self.table.publishable(rows[sealed])]
-            one = (end[sealed] - first[sealed] == 1) & (self._events is None)
-            if one.any():
-                self._publish_one(rows[sealed[one]], first[sealed[one]])
-            for i in sealed[~one].tolist():
-                self._publish(int(rows[i]), int(first[i]))
+            if len(sealed):
+                sealed = sealed[self.table.publishable(rows[sealed])]
+                self._publish(rows[sealed], first[sealed], end[sealed])
 
-    def _publish_one(self, rows: Int32, first: Int32) -> None:
-        """Insert one full block of each row, its ``first``; what can be gathered is, at once."""
+    def _publish(self, rows: Int32, first: Int32, end: Int32) -> None:
+        """Make full blocks of rows findable, row after row: each row's from first to end."""
+        table, counts = self.table, end - first
+        digests = self._digests(rows, first, end)
+        start = np.cumsum(counts) - counts
+        member = np.repeat(np.arange(len(rows)), counts)
+        # Blocks that left a sliding window without loss moved the later ones forward.
+        gone = (table.num_computed[rows] - table.num_resident[:, rows]) // self.block_size
+        index = np.arange(len(member)) + (first - start - gone)[:, member]
+        blocks = table.block_table[np.arange(self.num_groups)[:, None], rows[member], index].T
+        fresh = self.index.insert_many(digests, blocks)
+        priorities = np.array([self._request(row).priority for row in rows.tolist()], np.int32)
+        self.pool.cached.stored(blocks[fresh], priorities[member[fresh], None])
+        if self._events is not None:
+            for i, row in enumerate(rows.tolist()):
+                own = [int(first[i] - start[i]) + new for new in fresh if member[new] == i]
+                for begin, stop in runs(own):
+                    self._events.append(self._stored(row, begin, stop))
+
+    def _digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
+        """Return the hashes of the same blocks; what can be gathered is, at once."""
         table, size = self.table, self.block_size
         slots = first[:, None] * size + np.arange(size)
         content = table.token_ids[rows[:, None], slots].tobytes()
         stride = size * table.token_ids.itemsize
         digests: list[bytes] = []
-        priorities: list[int] = []
-        for i, (row, block) in enumerate(zip(rows.tolist(), first.tolist(), strict=True)):
+        spans = zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)
+        for i, (row, block, stop) in enumerate(spans):
             seq = table.sequences[row]
             assert seq is not None
             hashes = seq.hashes
-            if len(hashes) == block and block:
+            if block and len(hashes) == block == stop - 1:
                 hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
-            elif len(hashes) <= block:
-                salt = seq.request.cache_salt
-                extend_chain(hashes, table.token_ids[row], block + 1, size, salt)
-            digests.append(hashes[block])
-            priorities.append(seq.request.priority)
-        # Blocks that left a sliding window without loss moved the later ones forward.
-        gone = (table.num_computed[rows] - table.num_resident[:, rows]) // size
-        groups = np.arange(self.num_groups)[:, None]
-        blocks = table.block_table[groups, rows, first - gone].T
-        fresh = self.index.insert_many(digests, blocks)
-        self.pool.cached.stored(blocks[fresh], np.array(priorities, np.int32)[fresh, None])
+            else:
+                extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
+            digests += hashes[block:stop]
+        return digests
 
-    def _publish(self, row: int, first: int) -> None:
-        """Insert a row's full blocks from the ``first`` on."""
+    def _request(self, row: int) -> Request:
         seq = self.table.sequences[row]
         assert seq is not None
-        full = int(self.table.num_computed[row]) // self.block_size
-        salt = seq.request.cache_salt
-        extend_chain(seq.hashes, self.table.token_ids[row], full, self.block_size, salt)
-        table, groups = self.table, np.arange(self.num_groups)
-        # Blocks that left a sliding window without loss moved the later ones forward.
-        gone = (table.num_computed[row] - table.num_resident[:, row]) // self.block_size
-        blocks = table.block_table[groups, row, np.arange(first, full)[:, None] - gone]
-        new = self.index.insert_many(seq.hashes[first:full], blocks)
-        fresh = [first + i for i in new]
-        self.pool.cached.stored(blocks[new].ravel(), seq.request.priority)
-        if self._events is not None:
-            for begin, end in runs(fresh):
-                self._events.append(self._stored(row, seq.hashes, begin, end))
+        return seq.request
 
-    def _stored(self, row: int, hashes: list[bytes], first: int, end: int) -> BlockStored:
-        size = self.block_size
+    def _stored(self, row: int, first: int, end: int) -> BlockStored:
+        seq, size = self.table.sequences[row], self.block_size
+        assert seq is not None
+        hashes = seq.hashes
         return BlockStored(
             block_hashes=[short_hash(digest) for digest in hashes[first:end]],
             parent_block_hash=short_hash(hashes[first - 1]) if first else None,

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Int32
 
@@ -41,7 +42,10 @@ def extend_chain(
     content = np.ascontiguousarray(token_ids[start : num_blocks * block_size]).tobytes()
     stride = block_size * token_ids.itemsize
     for begin in range(0, len(content), stride):
-        parent = block_digest(parent, content[begin : begin + stride])
+        # `block_digest`, without a call per block: long prompts spend their time here.
+        parent = blake2b(
+            parent + content[begin : begin + stride], digest_size=DIGEST_BYTES
+        ).digest()
         hashes.append(parent)
 
 
@@ -61,7 +65,7 @@ class PrefixIndex:
         self.num_groups = num_groups
         self.entry_of: Int32 = np.full(num_blocks, -1, np.int32)
         self._entries: dict[bytes, int] = {}
-        self._hashes: list[bytes | None] = []
+        self._hashes: npt.NDArray[np.object_] = np.empty(0, object)
         self._blocks: Int32 = np.zeros((0, num_groups), np.int32)
         self._unused: list[int] = []
 
@@ -79,7 +83,8 @@ class PrefixIndex:
     def digest_of(self, block: int) -> bytes | None:
         """Return the hash of what a block holds; None if it cannot be found."""
         entry = int(self.entry_of[block])
-        return self._hashes[entry] if entry >= 0 else None
+        digest: bytes | None = self._hashes[entry] if entry >= 0 else None
+        return digest
 
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
@@ -118,19 +123,21 @@ class PrefixIndex:
         Returns:
             The indices of those that were new.
         """
-        known = self._entries
+        first = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
+        fresh = list(range(len(digests)))
+        if len(first) < len(digests) or not self._entries.keys().isdisjoint(first):
+            fresh = sorted(i for digest, i in first.items() if digest not in self._entries)
+            digests, block_ids = [digests[i] for i in fresh], block_ids[fresh]
         while len(self._unused) < len(digests):
             self._grow()
-        fresh: list[int] = []
-        entries: list[int] = []
-        for i, digest in enumerate(digests):
-            if digest not in known:
-                entry = known[digest] = self._unused.pop()
-                self._hashes[entry] = digest
-                fresh.append(i)
-                entries.append(entry)
-        self._blocks[entries] = block_ids[fresh]
-        self.entry_of[block_ids[fresh]] = np.array(entries, np.int32)[:, None]
+        keep = len(self._unused) - len(digests)
+        taken = self._unused[keep:]
+        del self._unused[keep:]
+        self._entries.update(zip(digests, taken, strict=True))
+        entries = np.array(taken, np.int32)
+        self._hashes[entries] = digests
+        self._blocks[entries] = block_ids
+        self.entry_of[block_ids] = entries[:, None]
         return fresh
 
     def remove(self, ids: Int32) -> tuple[list[bytes], Int32]:
@@ -141,13 +148,10 @@ class PrefixIndex:
         """
         entries = np.unique(self.entry_of[ids])
         entries = entries[entries >= 0]
-        gone: list[bytes] = []
-        for entry in entries.tolist():
-            digest = self._hashes[entry]
-            assert digest is not None
+        gone: list[bytes] = self._hashes[entries].tolist()
+        for digest in gone:
             del self._entries[digest]
-            self._hashes[entry] = None
-            gone.append(digest)
+        self._hashes[entries] = None
         self._unused.extend(entries.tolist())
         blocks = self._blocks[entries].ravel()
         self.entry_of[blocks] = -1
@@ -162,7 +166,7 @@ class PrefixIndex:
     def _grow(self) -> None:
         size = len(self._hashes)
         more = max(64, size)
-        self._hashes.extend([None] * more)
+        self._hashes = np.append(self._hashes, np.full(more, None))
         self._blocks = np.concatenate(
             [self._blocks, np.full((more, self.num_groups), -1, np.int32)]
         )

@@ -368,10 +368,10 @@ def prompt_array(request: Request, vocab_size: int, max_len: int) -> Int32:
         raise InvalidRequest(
             "the prompt is not a flat list of whole numbers", where=where, remedy="give token ids"
         )
-    wrong = np.flatnonzero((wide < 0) | (wide >= vocab_size))
-    if wrong.size:
+    if wide.min() < 0 or wide.max() >= vocab_size:
+        wrong = int(np.argmax((wide < 0) | (wide >= vocab_size)))
         raise InvalidRequest(
-            f"token id {wide[wrong[0]]} at index {wrong[0]} is outside the vocabulary",
+            f"token id {wide[wrong]} at index {wrong} is outside the vocabulary",
             where=where,
             remedy=f"give ids from 0 to {vocab_size - 1}",
         )

@@ -49,11 +49,11 @@ class Retention:
         self.manager = self._manager = manager
         self.table = self._table = manager.table
         self._policies: list[Policy] = []
-        rows = self._table.num_rows
-        self.policy_id: Int32 = np.full(rows, -1, np.int32)
-        self.rotates: Bool = np.zeros(rows, np.bool_)
+        self.policy_id: Int32 = np.full(self._table.num_rows, -1, np.int32)
+        self.rotates: Bool = np.zeros(self._table.num_rows, np.bool_)
         self.windows: Int32 = np.array(layout.windows, np.int32)
         self._slides = bool(self.windows.any())
+        self._usual = self.resolve(config.cache.eviction)
 
     # Before a sequence runs
 
@@ -63,11 +63,11 @@ class Retention:
         Raises:
             PolicyError: It cannot be read, or cannot hold on this model and cache.
         """
+        if text is None:
+            return self._usual
         cache = self._config.cache
-        wanted = cache.eviction if text is None else text
-        parsed = wanted if isinstance(wanted, Policy) else policy(wanted)
         return check(
-            parsed,
+            text if isinstance(text, Policy) else policy(text),
             cache.block_size,
             has_rope=self._config.model.rope,
             windowed=any(self._config.model.sliding_window),

@@ -1,5 +1,7 @@
 """Who is in work: every sequence from its request to its end, waiting or running."""
 
+from collections import Counter
+
 import numpy as np
 
 from pagedkv.core.arrays import Int32
@@ -23,6 +25,7 @@ class Roster:
         waiting: The queue.
         requests: Per request id, its sequences that have not finished.
         sequences: The same by sequence id.
+        at_work: How many of them each tenant has, by its number; who has none is not listed.
         unforked: Running leaders whose siblings have not forked yet, by sequence id.
         finished: Ends that were not reported yet.
     """
@@ -38,6 +41,7 @@ class Roster:
         self.waiting = waiting
         self.requests: dict[str, list[Sequence]] = {}
         self.sequences: dict[int, Sequence] = {}
+        self.at_work: Counter[int] = Counter()
         self.unforked: dict[int, Sequence] = {}
         self.finished: list[FinishedSequence] = []
 
@@ -46,6 +50,7 @@ class Roster:
         group[0].siblings = group[1:]
         self.requests[group[0].request.request_id] = group
         self.sequences.update((seq.seq_id, seq) for seq in group)
+        self.at_work[group[0].tenant_id] += len(group)
         self.waiting.push(group[0])
 
     def admit(self, seq: Sequence, hits: Int32, stop_ids: list[int]) -> None:
@@ -176,6 +181,9 @@ class Roster:
     def _strike(self, seq: Sequence) -> None:
         seq.move(Status.FINISHED)
         del self.sequences[seq.seq_id]
+        self.at_work[seq.tenant_id] -= 1
+        if not self.at_work[seq.tenant_id]:
+            del self.at_work[seq.tenant_id]
         group = self.requests[seq.request.request_id]
         group.remove(seq)
         if not group:
@@ -190,6 +198,8 @@ class Roster:
             assert running == (seq.row >= 0), f"sequence {seq_id} and its row disagree"
             if running:
                 assert self._table.sequences[seq.row] is seq, f"row {seq.row} is another's"
+        tenants = Counter(seq.tenant_id for seq in self.sequences.values())
+        assert self.at_work == tenants, "a tenant's sequences are miscounted"
         taken = sum(s is not None for s in self._table.sequences)
         in_rows = sum(s.row >= 0 for s in self.sequences.values())
         assert taken == in_rows, "a row is held by nobody in work"

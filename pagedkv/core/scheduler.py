@@ -49,7 +49,6 @@ class Scheduler:
         self.manager = BlockManager(self.config.cache, limits.max_num_seqs, self.layout.num_groups)
         self.table = self.manager.table
         self.retention = Retention(self.config, self.layout, self.manager)
-        self.retention.resolve(None)
         self.tenants = Tenants(limits.tenants, self.manager.pool.num_blocks)
         self.admission = Admission(self.config, self.manager, self.tenants)
         self.tier = HostTier(self.config.cache.num_cpu_blocks)
@@ -104,8 +103,7 @@ class Scheduler:
             Sequence(self._next_seq_id + i, request, prompt, index=i, seed=seed + i)
             for i in range(request.sampling.width)
         ]
-        at_work = {seq.tenant_id for seq in self._roster.sequences.values()}
-        tenant = self.tenants.welcome(request.tenant, at_work)
+        tenant = self.tenants.welcome(request.tenant, self._roster.at_work)
         now = self._totals.num_steps
         for seq in group:
             seq.tenant_id, seq.arrived = tenant, now

@@ -1,6 +1,6 @@
 """On whose account sequences run: who may send, how much they may hold, what they were served."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Tenants:
         """Return the most blocks a tenant's running sequences may hold."""
         return int(self.quota[self._ids[name]]) if name in self._ids else NO_QUOTA
 
-    def welcome(self, name: str, at_work: Iterable[int]) -> int:
+    def welcome(self, name: str, at_work: Collection[int]) -> int:
         """Return a tenant's number when it sends a request.
 
         One that had nothing in work is lifted to the least served of those that have: what was
@@ -80,9 +80,8 @@ class Tenants:
             self.quota = np.append(self.quota, NO_QUOTA)
             self.served = np.append(self.served, 0)
         number = self._ids[name]
-        busy = set(at_work)
-        if busy and number not in busy:
-            least = min(int(self.served[other]) for other in busy)
+        if at_work and number not in at_work:
+            least = min(int(self.served[other]) for other in at_work)
             self.served[number] = max(int(self.served[number]), least)
         return number
 

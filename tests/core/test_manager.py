@@ -29,6 +29,14 @@ def test_equal_prompts_computed_at_once_keep_their_own_blocks_and_the_first_is_f
     assert admit(manager, 2, [1, 2, 3]).tolist() == [[table_of(manager, 0)[0]]]
 
 
+def test_of_equal_blocks_the_first_row_s_wins_however_many_each_row_computes():
+    manager = make_manager(8)
+    admit(manager, 0, [1, 2, 3, 4, 5])
+    admit(manager, 1, [1, 2, 3])
+    compute(manager, {0: 4, 1: 3})
+    assert admit(manager, 2, [1, 2, 3, 4, 6]).ravel().tolist() == table_of(manager, 0)
+
+
 def test_a_block_that_is_not_computed_yet_is_not_found():
     manager = make_manager(8)
     admit(manager, 0, [1, 2, 3])
