@@ -12,12 +12,16 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# Neither is needed here, and beside a torch for the CPU pip installs builds for CUDA of them, whose
+# import fails: let them count as not installed.
+sys.modules.update(dict.fromkeys(("torchvision", "torchaudio", "torchcodec")))  # type: ignore[arg-type]
 
 import numpy as np
 import torch
