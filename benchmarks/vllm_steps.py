@@ -8,6 +8,8 @@ Config objects are stand-ins that answer what the scheduler asks of them, as vLL
 everything off that can be off: no statistics, no events, no connector, no speculation.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import gc
 import json
@@ -21,7 +23,7 @@ os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Neither is needed here, and beside a torch for the CPU pip installs builds for CUDA of them, whose
 # import fails: let them count as not installed.
-sys.modules.update(dict.fromkeys(("torchvision", "torchaudio", "torchcodec")))  # type: ignore[arg-type]
+sys.modules.update(dict.fromkeys(("torchvision", "torchaudio", "torchcodec")))
 
 import numpy as np
 import torch

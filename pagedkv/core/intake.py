@@ -5,6 +5,7 @@ import numpy as np
 from pagedkv.config import EngineConfig
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Int32
+from pagedkv.core.batch import Batch
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.request import Request, Sequence
@@ -113,8 +114,9 @@ class Intake:
         row = np.array([seq.row], np.int32)
         left = self._table.num_known[row] - self._table.num_computed[row]
         count = min(int(self._retention.limit(row, left)[0]), most)
-        place(self._table, self._retention.rotates, row)
-        copies = self._manager.grow(row, np.array([count], np.int32))
+        batch = Batch(self._table, row, np.array([count], np.int32))
+        place(batch)
+        copies = self._manager.grow(batch)
         assert not len(copies), "an admitted sequence shares no block that it writes to"
         return count
 

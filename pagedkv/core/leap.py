@@ -8,6 +8,7 @@ the scheduler in a file of its own, and knows its insides.
 import numpy as np
 
 from pagedkv.core.arrays import Int32
+from pagedkv.core.batch import Batch
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.prefix import extend_chain
 from pagedkv.core.scheduler import Scheduler
@@ -31,7 +32,7 @@ def quiet_steps(scheduler: Scheduler, most: int) -> int:
         or len(rows) > scheduler.config.scheduler.max_num_batched_tokens
         or roster.finished
         or roster.unforked
-        or manager._events is not None
+        or manager.records_events
         or manager._moves
         or scheduler.tenants.limited
         or any(scheduler.layout.windows)
@@ -109,12 +110,12 @@ def leap(scheduler: Scheduler, token_ids: Int32) -> bool:
     table.token_ids[rows[:, None], known[:, None] + np.arange(steps)] = token_ids.T
     if manager.enable_prefix_caching and _repeats(manager, rows, steps):
         return False
-    counts = np.full(len(rows), steps, np.int32)
+    batch = Batch(table, rows, np.full(len(rows), steps, np.int32))
     _grow(manager, rows, steps)
     table.num_known[rows] += steps
-    scheduler._charge(rows, counts)
-    scheduler.tenants.charge(table.tenant[rows], counts)
-    manager.advance(rows, counts)
+    scheduler._charge(batch)
+    scheduler.tenants.charge(batch.tenants, batch.counts)
+    manager.advance(batch)
     if scheduler.config.scheduler.admission == "optimistic":
         for _ in range(steps):
             scheduler.admission.step()

@@ -1,22 +1,27 @@
-"""Blocks for sequences: the only writer of pool, sequence table and prefix index."""
+"""Blocks for sequences: the only writer of pool and sequence table."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from pagedkv.config import CacheConfig
-from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
+from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.batch import Batch
 from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.pool import BlockPool
-from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
-from pagedkv.core.request import Request, Sequence
+from pagedkv.core.prefix import PrefixIndex, extend_chain
+from pagedkv.core.publisher import Publisher
+from pagedkv.core.request import Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import ConfigError
-from pagedkv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, short_hash
+from pagedkv.events import KVEvent
 
 __all__ = ["BlockManager"]
 
 DEFAULT_NUM_BLOCKS = 1024
+NO_COPIES: Int32 = np.empty((0, 2), np.int32)
+NO_MOVES: Int64 = np.empty((0, 2), np.int64)
+NOBODY: Bool = np.zeros((1, 1), np.bool_)
 
 
 class BlockManager:
@@ -41,7 +46,9 @@ class BlockManager:
         self._moves: list[Int64] = []
         # Is told which cached blocks were just given to somebody else.
         self.on_reclaim: Callable[[Int32], object] | None = None
-        self._events: list[KVEvent] | None = [] if config.enable_kv_cache_events else None
+        self._publisher = Publisher(
+            self.pool, self.table, self.index, records=config.enable_kv_cache_events
+        )
 
     # Admission
 
@@ -81,7 +88,8 @@ class BlockManager:
         counts = np.full((self.num_groups, 1), count, np.int32)
         rows = np.array([row], np.int32)
         self.table.append_blocks(rows, counts, hits.T.ravel())
-        self.table.note_tokens(rows, np.array([tokens], np.int32))
+        if self.table.by_token[row]:
+            self.table.note_tokens(rows, np.array([tokens], np.int32))
         self.table.num_computed[row] = tokens
         self.table.next_position[row] = tokens
         self.table.num_resident[:, row] = tokens
@@ -91,22 +99,22 @@ class BlockManager:
 
     # Growth
 
-    def shortfall(self, rows: Int32, counts: Int32) -> int:
-        """Return how many blocks are lacking for `grow` with the same arguments; 0 is enough."""
-        most = int(counts.sum()) // self.block_size + 3 * len(rows)  # whatever their tails are
+    def shortfall(self, batch: Batch) -> int:
+        """Return how many blocks are lacking for `grow` with the same batch; 0 is enough."""
+        # Whatever their tails are, each takes at most this many.
+        most = batch.num_tokens // self.block_size + 3 * len(batch.rows)
         if most * self.num_groups <= self.pool.num_available:
             return 0
-        fresh, copied = self._needs(rows, counts)
+        fresh, copied = self._needs(batch)
         return max(0, int(fresh.sum() + copied.sum()) - self.pool.num_available)
 
-    def grow(self, rows: Int32, counts: Int32) -> Int32:
+    def grow(self, batch: Batch) -> Int32:
         """Give each row the slots that its next tokens are written to.
 
         A shared block that a row would write into is replaced by a copy of its own first.
 
         Args:
-            rows: [B] Rows, each at most once.
-            counts: [B] Tokens that each is about to write, at least 1.
+            batch: Rows and the tokens that each is about to write, at least 1.
 
         Returns:
             [C, 2] Blocks to copy before writing, source to target.
@@ -114,24 +122,23 @@ class BlockManager:
         Raises:
             OutOfBlocks: `shortfall` is not 0; nothing changes.
         """
-        fresh, copied = self._needs(rows, counts)
-        num_copies = int(copied.sum())
-        ids = self.allocate(num_copies + int(fresh.sum()))
-        copies = self._unshare(rows, copied, ids[:num_copies])
-        self.table.append_blocks(rows, fresh, ids[num_copies:])
+        fresh, copied = self._needs(batch)
+        num_copies, num_fresh = int(copied.sum()), int(fresh.sum())
+        ids = self.allocate(num_copies + num_fresh)
+        copies = self._unshare(batch.rows, copied, ids[:num_copies])
+        self.table.append_blocks(batch.rows, fresh, ids[num_copies:])
         return copies
 
-    def _needs(self, rows: Int32, counts: Int32) -> tuple[Int32, Bool]:
+    def _needs(self, batch: Batch) -> tuple[Int32, Bool]:
         """Return the blocks to append and which tails to copy: both [groups, B]."""
-        at = at_rows(rows)
-        held = self.table.num_blocks[:, at]
-        resident = self.table.num_resident[:, at]
-        fresh = -(-(resident + counts) // self.block_size) - held
+        table, at, size = self.table, batch.at, self.block_size
+        resident = table.num_resident[:, at]
+        fresh = (resident + (batch.counts + (size - 1))) // size - table.num_blocks[:, at]
         # Only forks share a block that is not full: elsewhere there is nothing to look up.
-        if not self.table.forked[rows].any():
-            return fresh, np.zeros(fresh.shape, np.bool_)
-        inside = resident % self.block_size > 0
-        tails = self._tails(rows)
+        if not batch.forked:
+            return fresh, NOBODY
+        inside = resident % size > 0
+        tails = self._tails(batch.rows)
         shared = inside & (self.pool.ref_count[tails] > 1)
         if shared.any():
             # If every holder of a block writes now, the last of them may keep it.
@@ -145,7 +152,7 @@ class BlockManager:
 
     def num_copies(self, rows: Int32) -> int:
         """Return how many tail blocks rows would have to copy to write on, all of them now."""
-        return int(self._needs(rows, np.ones(len(rows), np.int32))[1].sum())
+        return int(self._needs(Batch(self.table, rows, np.ones(len(rows), np.int32)))[1].sum())
 
     def _tails(self, rows: Int32) -> Int32:
         """Return each table's last block, or 0 where it has none: [groups, B]."""
@@ -156,7 +163,7 @@ class BlockManager:
 
     def _unshare(self, rows: Int32, copied: Bool, targets: Int32) -> Int32:
         if not len(targets):
-            return np.empty((0, 2), np.int32)
+            return NO_COPIES
         group, member = np.nonzero(copied)
         sources = self._tails(rows)[copied]
         at = rows[member]
@@ -170,90 +177,30 @@ class BlockManager:
         Raises:
             OutOfBlocks: Fewer are available; nothing changes.
         """
+        reclaimed = self.pool.num_reclaimed
         ids = self.pool.allocate(count)
-        findable = ids[self.index.findable(ids)]
-        self._unpublish(findable)
-        if self.on_reclaim is not None and len(findable):
-            self.on_reclaim(findable)
+        if reclaimed != self.pool.num_reclaimed:  # blank ones cannot be found
+            withdrawn = self._publisher.withdraw(ids)
+            if self.on_reclaim is not None:
+                self.on_reclaim(withdrawn)
         return ids
-
-    def _unpublish(self, findable: Int32) -> None:
-        if len(findable):
-            hashes, blocks = self.index.remove(findable)
-            self.pool.forget(blocks)
-            if self._events is not None:
-                self._events.append(BlockRemoved(block_hashes=[short_hash(h) for h in hashes]))
 
     # After a step
 
-    def advance(self, rows: Int32, counts: Int32) -> None:
+    def advance(self, batch: Batch) -> None:
         """Count tokens as computed and make the blocks they filled findable."""
-        before = self.table.num_computed[rows]
-        after = before + counts
-        self.table.note_tokens(rows, counts)
-        self.table.num_computed[rows] = after
-        self.table.num_resident[:, at_rows(rows)] += counts
-        self.table.next_position[rows] += counts
+        table, at, counts = self.table, batch.at, batch.counts
+        if len(batch.by_token):
+            table.note_tokens(batch.rows[batch.by_token], counts[batch.by_token])
+        before = table.num_computed[at]
+        first, end = before // self.block_size, (before + counts) // self.block_size
+        table.num_computed[at] += counts
+        table.num_resident[:, at] += counts
+        table.next_position[at] += counts
         if self.enable_prefix_caching:
-            first, end = before // self.block_size, after // self.block_size
-            sealed = np.flatnonzero(first != end)
+            sealed = (first != end).nonzero()[0]
             if len(sealed):
-                sealed = sealed[self.table.publishable(rows[sealed])]
-                self._publish(rows[sealed], first[sealed], end[sealed])
-
-    def _publish(self, rows: Int32, first: Int32, end: Int32) -> None:
-        """Make full blocks of rows findable, row after row: each row's from first to end."""
-        table, counts = self.table, end - first
-        digests = self._digests(rows, first, end)
-        start = np.cumsum(counts) - counts
-        member = np.repeat(np.arange(len(rows)), counts)
-        # Blocks that left a sliding window without loss moved the later ones forward.
-        gone = (table.num_computed[rows] - table.num_resident[:, rows]) // self.block_size
-        index = np.arange(len(member)) + (first - start - gone)[:, member]
-        blocks = table.block_table[np.arange(self.num_groups)[:, None], rows[member], index].T
-        fresh = self.index.insert_many(digests, blocks)
-        priorities = np.array([self._request(row).priority for row in rows.tolist()], np.int32)
-        self.pool.cached.stored(blocks[fresh], priorities[member[fresh], None])
-        if self._events is not None:
-            for i, row in enumerate(rows.tolist()):
-                own = [int(first[i] - start[i]) + new for new in fresh if member[new] == i]
-                for begin, stop in runs(own):
-                    self._events.append(self._stored(row, begin, stop))
-
-    def _digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
-        """Return the hashes of the same blocks; what can be gathered is, at once."""
-        table, size = self.table, self.block_size
-        slots = first[:, None] * size + np.arange(size)
-        content = table.token_ids[rows[:, None], slots].tobytes()
-        stride = size * table.token_ids.itemsize
-        digests: list[bytes] = []
-        spans = zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)
-        for i, (row, block, stop) in enumerate(spans):
-            seq = table.sequences[row]
-            assert seq is not None
-            hashes = seq.hashes
-            if block and len(hashes) == block == stop - 1:
-                hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
-            else:
-                extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
-            digests += hashes[block:stop]
-        return digests
-
-    def _request(self, row: int) -> Request:
-        seq = self.table.sequences[row]
-        assert seq is not None
-        return seq.request
-
-    def _stored(self, row: int, first: int, end: int) -> BlockStored:
-        seq, size = self.table.sequences[row], self.block_size
-        assert seq is not None
-        hashes = seq.hashes
-        return BlockStored(
-            block_hashes=[short_hash(digest) for digest in hashes[first:end]],
-            parent_block_hash=short_hash(hashes[first - 1]) if first else None,
-            token_ids=self.table.token_ids[row, first * size : end * size].tolist(),
-            block_size=size,
-        )
+                self._publisher.seal(batch.rows[sealed], first[sealed], end[sealed])
 
     def fork(self, row: int, children: Int32) -> None:
         """Give rows without blocks the same blocks and progress as ``row``, shared."""
@@ -345,7 +292,7 @@ class BlockManager:
         row that has ended since do no harm: what its blocks are used for next is written later.
         """
         taken, self._moves = self._moves, []
-        return np.concatenate(taken) if taken else np.zeros((0, 2), np.int64)
+        return np.concatenate(taken) if taken else NO_MOVES
 
     def holders(self, blocks: Int64) -> Bool:
         """Return which running rows hold any of these blocks: [running]."""
@@ -364,20 +311,21 @@ class BlockManager:
 
     def disown(self, row: int) -> None:
         """Make the blocks that a row holds unfindable: their content is not to be trusted."""
-        ids = self.table.blocks_of(row)
-        self._unpublish(ids[self.index.findable(ids)])
+        self._publisher.withdraw(self.table.blocks_of(row))
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; blocks that sequences hold stay theirs, and unfindable."""
         self.table.publishes[:] = False
-        self.pool.forget(self.index.clear())
-        if self._events is not None:
-            self._events.append(AllBlocksCleared())
+        self._publisher.clear()
 
     def take_events(self) -> list[KVEvent]:
         """Return the events since the last call, oldest first."""
-        taken, self._events = self._events or [], None if self._events is None else []
-        return taken
+        return self._publisher.take_events()
+
+    @property
+    def records_events(self) -> bool:
+        """Whether events are kept."""
+        return self._publisher.records
 
     def audit(self) -> None:
         """Check pool, table and index, and recount every reference from the tables."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Float32, Int32, alike, at_rows
+from pagedkv.core.batch import Batch
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
@@ -39,8 +40,6 @@ class Retention:
 
     Rounds of eviction lie at token counts that depend on the sequence alone, and no step crosses
     one; so what a sequence keeps is the same whoever runs beside it.
-
-    Columns by table row: `policy_id` (-1 evicts nothing), `rotates` (cache positions).
     """
 
     def __init__(self, config: EngineConfig, layout: GroupLayout, manager: BlockManager) -> None:
@@ -49,8 +48,6 @@ class Retention:
         self.manager = self._manager = manager
         self.table = self._table = manager.table
         self._policies: list[Policy] = []
-        self.policy_id: Int32 = np.full(self._table.num_rows, -1, np.int32)
-        self.rotates: Bool = np.zeros(self._table.num_rows, np.bool_)
         self.windows: Int32 = np.array(layout.windows, np.int32)
         self._slides = bool(self.windows.any())
         self._usual = self.resolve(config.cache.eviction)
@@ -78,10 +75,10 @@ class Retention:
         """Set a row's policy when its sequence is admitted, and what is left to replay."""
         row = seq.row
         table, evicts = self._table, seq.policy.evicts
-        self.policy_id[row] = -1
+        table.policy_id[row] = -1
         if evicts:
-            self.policy_id[row] = self._policy_id(seq.policy)
-        self.rotates[row] = evicts and seq.policy.positions == "cache"
+            table.policy_id[row] = self._policy_id(seq.policy)
+        table.rotates[row] = evicts and seq.policy.positions == "cache"
         table.replay_until[row] = seq.saved.computed if seq.saved else 0
         table.by_token[row] = evicts and seq.policy.unit == "token"
         if table.by_token[row]:
@@ -91,7 +88,7 @@ class Retention:
         """Return the place of a policy among those in use; nobody's place is given away again."""
         if policy in self._policies:
             return self._policies.index(policy)
-        used = set(self.policy_id[self._table.seq_id >= 0].tolist())
+        used = set(self._table.policy_id[self._table.seq_id >= 0].tolist())
         place = next(i for i in range(len(self._policies) + 1) if i not in used)
         self._policies[place : place + 1] = [policy]
         return place
@@ -120,8 +117,10 @@ class Retention:
     # While a step is planned
 
     def limit(self, rows: Int32, need: Int32) -> Int32:
-        """Return ``need`` cut so that no row computes across a round of its policy."""
-        for chosen, at in self._by_policy(rows):
+        """Return ``need`` cut so that no row computes across a round of its policy: [B] each."""
+        if not self._policies:
+            return need
+        for chosen, at in self._by_policy(Batch(self._table, rows, need)):
             computed = self._table.num_computed[rows[at]]
             cadence = chosen.cadence(self._manager.block_size)
             ahead = cadence.next_round(computed, self._table.num_prompt[rows[at]]) - computed
@@ -133,14 +132,14 @@ class Retention:
             need[at] = np.minimum(need[at], ahead)
         return need
 
-    def observations(self, rows: Int32, counts: Int32, width: int) -> list[Observation]:
+    def observations(self, batch: Batch, width: int) -> list[Observation]:
         """Return what the executor is to observe for the policies of the rows.
 
         Args:
             width: Of the plan's block tables; those who rank tokens need only their own.
         """
-        wanted = []
-        for chosen, at in self._by_policy(rows):
+        wanted, rows = [], batch.rows
+        for chosen, at in self._by_policy(batch):
             live = at[self._table.num_computed[rows[at]] >= self._table.replay_until[rows[at]]]
             if len(live):
                 entries = width
@@ -155,7 +154,7 @@ class Retention:
                         kind=chosen.scorer().observe,
                         gqa=chosen.gqa,
                         members=live.astype(np.int32),
-                        first_query=observe_from(chosen, view, counts[live]).astype(np.int32),
+                        first_query=observe_from(chosen, view, batch.counts[live]).astype(np.int32),
                     )
                 )
         return wanted
@@ -176,7 +175,7 @@ class Retention:
             if not len(rows):
                 continue
             counts = plan.query_start[members + 1] - plan.query_start[members]
-            chosen = self._policies[int(self.policy_id[rows[0]])]
+            chosen = self._policies[int(self._table.policy_id[rows[0]])]
             if chosen.scorer().observe != "none":
                 self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
             mass = observed.mass[:, at_rows(live)]
@@ -199,7 +198,7 @@ class Retention:
         entries.score[:, at, :width] = score.reshape(values.shape)
         entries.weight[:, at, :width] = weight.reshape(values.shape)
 
-    def evict(self, rows: Int32) -> Int32:
+    def evict(self, batch: Batch) -> Int32:
         """Let windows slide, then hold the rounds that are due and take what they decide.
 
         What a window hides goes first, and for nothing: a round must not give up visible blocks
@@ -211,10 +210,11 @@ class Retention:
             Rows that cannot go on, because the pool has no blocks to pack their tokens into. What
             they keep is decided: preempt them at once, and they come back to it.
         """
+        rows = batch.rows
         stuck = [rows[:0]]
         if self._slides:
             self._slide(rows)
-        for chosen, at in self._by_policy(rows):
+        for chosen, at in self._by_policy(batch):
             cadence = chosen.cadence(self._manager.block_size)
             computed, prompt = self._table.num_computed[rows[at]], self._table.num_prompt[rows[at]]
             due = rows[at[cadence.is_round(computed, prompt)]]
@@ -223,7 +223,7 @@ class Retention:
             if chosen.adaptive is not None:
                 self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
             self._restore(rows[at])
-        return np.concatenate(stuck)
+        return np.concatenate(stuck) if len(stuck) > 1 else stuck[0]
 
     def _round(self, chosen: Policy, rows: Int32) -> Int32:
         """Hold one round for rows of one policy, or hold it again if it was held before.
@@ -331,17 +331,9 @@ class Retention:
             pressure=self._manager.pool.num_held / self._manager.pool.num_blocks,
         )
 
-    def _by_policy(self, rows: Int32) -> list[tuple[Policy, Int32]]:
+    def _by_policy(self, batch: Batch) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
-        if not self._policies:
-            return []
-        ids = self.policy_id[rows]
-        if ids.max(initial=-1) < 0:
-            return []
-        if (ids == ids[0]).all():  # the usual case, and a sort less
-            return [(self._policies[int(ids[0])], np.arange(len(ids), dtype=np.int32))]
-        used = np.unique(ids[ids >= 0]).tolist()
-        return [(self._policies[i], np.flatnonzero(ids == i).astype(np.int32)) for i in used]
+        return [(self._policies[i], at) for i, at in batch.policies]
 
     # Preemption: a sequence that has evicted forgets the same things again
 
@@ -363,13 +355,13 @@ class Retention:
         """
         table, rows = self._table, self._table.running
         rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
-        found = self._by_policy(rows)
+        found = self._by_policy(Batch(table, rows, rows))
         return [(p, rows[at]) for p, at in found if p.adaptive and p.unit == "block"]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
         row, table = seq.row, self._table
-        if self.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
+        if table.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
             width = int(self._in_use(seq.policy, np.array([row], np.int32)).max())
             seq.saved = save_scores(table, self._entries(seq.policy), row, width)
 

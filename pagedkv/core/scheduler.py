@@ -5,13 +5,14 @@ import numpy as np
 
 from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
-from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.batch import Batch
 from pagedkv.core.bounds import most_blocks, usable_prefix
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
-from pagedkv.core.manager import BlockManager
+from pagedkv.core.manager import NO_MOVES, BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, not_finite
-from pagedkv.core.planner import build_plan
+from pagedkv.core.planner import build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue, urgency
@@ -26,8 +27,6 @@ from pagedkv.errors import InvalidRequest, InvalidTransition
 from pagedkv.events import KVEvent
 
 __all__ = ["Scheduler"]
-
-NO_MOVES: Int64 = np.empty((0, 2), np.int64)
 
 
 class Scheduler:
@@ -63,6 +62,9 @@ class Scheduler:
             self.config, self._roster, self.retention, self.admission, self._pressure
         )
         self._outstanding: StepPlan | None = None
+        self._decoding = Batch.decoding(self.table)
+        self._batch = self._decoding
+        self._draws = self._decoding.draws
         self._seeds = np.random.default_rng(self.config.scheduler.seed)
         self._next_seq_id = 0
         self._audits = audit_enabled()
@@ -176,68 +178,65 @@ class Scheduler:
         now = self._totals.num_steps
         self._intake.make_way(now)
         rungs = self._totals.num_rungs
-        rows, counts = self._continue_running()
-        place(self.table, self.retention.rotates, rows)
-        copies = self.manager.grow(rows, counts)
+        batch = self._continue_running()
+        place(batch)
+        copies = self.manager.grow(batch)
         if rungs == self._totals.num_rungs:
             self.admission.step()
-            budget = self.config.scheduler.max_num_batched_tokens - int(counts.sum())
-            new_rows, new_counts = self._intake.admit(budget, now)
-            if len(new_rows):
-                rows, counts = np.append(rows, new_rows), np.append(counts, new_counts)
+            budget = self.config.scheduler.max_num_batched_tokens - batch.num_tokens
+            rows, counts = self._intake.admit(budget, now)
+            if len(rows):
+                rows, counts = np.append(batch.rows, rows), np.append(batch.counts, counts)
+                batch = Batch(self.table, rows, counts)
         else:
             self.admission.preempted()
         siblings = {
             seq.row: np.array([member.row for member in seq.siblings], np.int32)
             for seq in self._roster.unforked.values()
         }
+        draws = drawing(batch, siblings)
         # A plan without tokens is not carried out, and must not take the moves with it.
-        moves = self.manager.take_moves() if len(rows) else NO_MOVES
-        swaps = self.tier.take_moves(carried_out=bool(len(rows)))
-        plan = build_plan(
-            self._totals.num_steps,
-            self.table,
-            self.retention,
-            rows,
-            counts,
-            moves,
-            copies,
-            swaps,
-            siblings,
-        )
+        carried_out = batch.num_tokens > 0
+        moves = self.manager.take_moves() if carried_out else NO_MOVES
+        swaps = self.tier.take_moves(carried_out=carried_out)
+        plan = build_plan(now, self.retention, batch, draws, moves, copies, swaps)
         self._totals.num_steps += 1
         self._totals.tokens_moved += len(moves)
-        self._outstanding = plan
+        self._outstanding, self._batch, self._draws = plan, batch, draws
         return plan
 
-    def _continue_running(self) -> tuple[Int32, Int32]:
+    def _continue_running(self) -> Batch:
         """Share the token budget among running sequences, first admitted first served.
 
         If blocks are lacking, the ladder is climbed rung by rung until the rest fits.
         """
         while True:
-            rows, counts = self._grants()
-            lacking, givers = self.manager.shortfall(rows, counts), self.table.running
+            batch = self._grants()
+            lacking, givers = self.manager.shortfall(batch), self.table.running
             if not lacking:
                 lacking, givers = self.admission.over_quota()
             if not lacking:
-                return rows, counts
+                return batch
             self._totals.num_rungs += 1
             self._pressure.relieve(lacking, givers)
 
-    def _grants(self) -> tuple[Int32, Int32]:
-        """Return the running rows that compute, and how many tokens each: [B], [B]."""
-        limits = self.config.scheduler
-        rows = self.table.running
-        need = self.table.num_known[rows] - self.table.num_computed[rows]
-        need = self.retention.limit(rows, need)
-        if limits.long_prefill_token_threshold and len(rows) + len(self._roster.waiting) > 1:
+    def _grants(self) -> Batch:
+        """Return the running rows that compute, and how many tokens each."""
+        limits, budget = self.config.scheduler, self.config.scheduler.max_num_batched_tokens
+        if not self._decoding.holds:
+            self._decoding = Batch.decoding(self.table)
+        decoding = self._decoding
+        need = self.table.num_known[decoding.at] - self.table.num_computed[decoding.at]
+        if int(need.sum()) == len(need) <= budget:  # each has one at least
+            return decoding
+        need = self.retention.limit(decoding.rows, need)
+        if limits.long_prefill_token_threshold and len(need) + len(self._roster.waiting) > 1:
             need = np.minimum(need, limits.long_prefill_token_threshold)
-        counts, budget = need.astype(np.int32), limits.max_num_batched_tokens
+        counts = need.astype(np.int32)
         if need.sum() > budget:
             counts = np.clip(budget - (np.cumsum(need) - need), 0, need).astype(np.int32)
         granted = counts > 0
-        return rows[granted], counts[granted]
+        return Batch(self.table, decoding.rows[granted], counts[granted])
 
     # A step: commit
 
@@ -255,27 +254,26 @@ class Scheduler:
         drawn = drawn_tokens(plan, result)
         self._outstanding = None
         self.tier.commit()
-        alive = self.table.seq_id[plan.rows] == plan.seq_ids
-        counts = plan.query_start[1:] - plan.query_start[:-1]
-        live, computed = plan.rows[alive], counts[alive]
-        self._charge(live, computed)
+        alive = self.table.seq_id[self._batch.at] == plan.seq_ids
+        live = self._batch.where(alive)
+        self._charge(live)
         broken = alive & not_finite(plan, result)
         self.retention.observe(plan, result, alive & ~broken)
-        self.manager.advance(live, computed)
+        self.manager.advance(live)
         self._preempt(self.retention.evict(live))
         self._roster.fork_finished_prompts()
         failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
-        self._end_failed(plan.sample_rows[failed], "the model's logits were not finite")
-        self._end_failed(plan.rows[broken], "what it attended to was not finite")
-        sample = np.flatnonzero(self.table.runs[plan.sample_rows])
-        rows, token_ids = plan.sample_rows[sample], drawn[sample].astype(np.int32)
-        seq_ids = self.table.seq_id[rows]
-        stopped = self.table.append_tokens(rows, token_ids)
+        self._end_failed(plan.sample_rows, failed, "the model's logits were not finite")
+        self._end_failed(plan.rows, broken, "what it attended to was not finite")
+        sample = self.table.runs[plan.sample_rows].nonzero()[0]
+        draws, token_ids = self._draws.only(sample), drawn[sample].astype(np.int32)
+        rows, seq_ids = draws.rows, self.table.seq_id[draws.rows]
+        stopped, full = draws.append(token_ids)
         if result.logprobs is not None:
             self.table.cumulative[rows] += np.asarray(result.logprobs)[sample]
         self._totals.generation_tokens += len(rows)
-        self.tenants.charge(self.table.tenant[rows], np.ones(len(rows), np.int32))
-        self._finish_ended(rows, token_ids, stopped)
+        self.tenants.charge(draws.tenants, np.ones(len(rows), np.int32))
+        self._finish_ended(rows, token_ids, stopped, full)
         finished, self._roster.finished = self._roster.finished, []
         if self._audits:
             self.audit()
@@ -283,11 +281,11 @@ class Scheduler:
             rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
         )
 
-    def _charge(self, rows: Int32, counts: Int32) -> None:
+    def _charge(self, batch: Batch) -> None:
         """Count computed tokens to their tenants; those computed again are nobody's fault."""
-        done = self.table.num_computed[rows] + counts
-        first = np.maximum(self.table.num_computed[rows], self.table.num_scored[rows])
-        self.tenants.charge(self.table.tenant[rows], np.maximum(done - first, 0))
+        computed = self.table.num_computed[batch.at]
+        first = np.maximum(computed, self.table.num_scored[batch.at])
+        self.tenants.charge(batch.tenants, np.maximum(computed + batch.counts - first, 0))
 
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.
@@ -321,18 +319,19 @@ class Scheduler:
                 remedy="commit every plan once, in order, to the scheduler that made it",
             )
 
-    def _end_failed(self, rows: Int32, why: str) -> None:
-        """End the sequences of rows that still run, for a fault of the model; the rest goes on."""
-        for row in rows[self.table.runs[rows]].tolist():
+    def _end_failed(self, rows: Int32, failed: Bool, why: str) -> None:
+        """End the failed of rows, [N] each, that still run, for a fault of the model."""
+        if not np.count_nonzero(failed):
+            return
+        for row in rows[failed & self.table.runs[rows]].tolist():
             seq = self.table.sequences[row]
             assert seq is not None
             error = f"request {seq.request.request_id!r}: {why}"
             self.manager.disown(row)  # whoever begins alike computes its own
             self._roster.finished += self._roster.end(seq, "error", error=error)
 
-    def _finish_ended(self, rows: Int32, token_ids: Int32, stopped: Bool) -> None:
-        full = self.table.num_known[rows] >= self.table.limit[rows]
-        for i in np.flatnonzero(stopped | full).tolist():
+    def _finish_ended(self, rows: Int32, token_ids: Int32, stopped: Bool, full: Bool) -> None:
+        for i in (stopped | full).nonzero()[0].tolist():
             seq = self.table.sequences[int(rows[i])]
             assert seq is not None
             token = int(token_ids[i])
@@ -394,5 +393,6 @@ class Scheduler:
     def audit(self) -> None:
         """Check every invariant of every owner of state; AssertionError names the broken one."""
         self.manager.audit()
+        self._decoding.check()
         self._roster.audit()
         self.tier.audit()

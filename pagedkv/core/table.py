@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64
-from pagedkv.core.plan import Penalties, SamplingBatch
 from pagedkv.core.request import Sequence
 from pagedkv.core.tokens import TokenColumns
 
@@ -41,9 +40,12 @@ class SequenceTable:
         num_blocks: [groups, rows] Entries in use in ``block_table``.
         limit: The number of known tokens at which the sequence ends.
         max_blocks: The most blocks per table that the sequence ever holds at once.
-        urgency: Its priority and age as one number; lower is more urgent.
+        priority: Its request's priority.
+        urgency: That priority and age as one number; lower is more urgent.
         tenant: Its request's tenant as a number.
         evicts: Whether its policy can forget anything.
+        policy_id: That policy's number in `Retention`; -1 forgets nothing.
+        rotates: Whether that policy closes the gaps that it leaves (cache positions).
         publishes: Whether its blocks may be found: not if it began before the cache was reset.
         forked: Whether it was forked, or forked from: it may share a block that is not full.
         token_ids: [rows, width] Known tokens.
@@ -62,6 +64,7 @@ class SequenceTable:
         score, weight, mass: Beside it, what the eviction policy knows of each block.
         penalised: Whether any penalty is set in ``sampling``.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
+        keeps_scores: Whether any sequence so far could forget: else scores are all 0.
 
     Rows and table widths grow by doubling when first needed, never while a step is in flight.
     ``running`` lists the rows in order of admission; ``runs`` says of each row whether it is one.
@@ -78,8 +81,12 @@ class SequenceTable:
         self.num_computed: Int32 = np.zeros(rows, np.int32)
         self.limit: Int32 = np.zeros(rows, np.int32)
         self.max_blocks: Int32 = np.zeros(rows, np.int32)
+        self.priority: Int32 = np.zeros(rows, np.int32)
         self.urgency: Int64 = np.zeros(rows, np.int64)
         self.evicts: Bool = np.zeros(rows, np.bool_)
+        self.policy_id: Int32 = np.full(rows, -1, np.int32)
+        self.rotates: Bool = np.zeros(rows, np.bool_)
+        self.keeps_scores = False
         self.publishes: Bool = np.ones(rows, np.bool_)
         self.forked: Bool = np.zeros(rows, np.bool_)
         self.tenant: Int32 = np.zeros(rows, np.int32)
@@ -155,8 +162,10 @@ class SequenceTable:
         most = seq.max_len if params.max_tokens is None else seq.num_prompt + params.max_tokens
         self.limit[row] = min(most, seq.max_len)
         self.max_blocks[row] = seq.max_blocks
+        self.priority[row] = seq.request.priority
         self.urgency[row] = seq.urgency
         self.evicts[row] = seq.policy.evicts
+        self.keeps_scores |= seq.policy.evicts
         self.forked[row] = False
         self.publishes[row] = True
         self.tenant[row] = seq.tenant_id
@@ -226,29 +235,24 @@ class SequenceTable:
         """
         if not len(ids):
             return
-        grows = counts.any(axis=0)
-        rows, counts = rows[grows], counts[:, grows]
-        before = self.num_blocks[:, rows]
-        self.reserve_blocks(int((before + counts).max(initial=0)))
         group: Int64
-        row: Int32
-        if counts.size == len(ids) and (counts == 1).all():  # a block each, as in decode
-            group, row, index = np.arange(self.num_groups)[:, None], rows, before
-            ids = ids.reshape(before.shape)
-        else:
-            flat = counts.ravel()
-            table = np.repeat(np.arange(flat.size), flat)
-            group, member = np.divmod(table, max(1, len(rows)))
-            ordinal = np.arange(len(ids)) - np.repeat(np.cumsum(flat) - flat, flat)
-            row, index = rows[member], before.ravel()[table] + ordinal
+        group, member = counts.nonzero()
+        row, index = rows[member], self.num_blocks[group, rows[member]]
+        if len(ids) > len(group):  # some gain more than one
+            many = counts[group, member]
+            first = np.repeat(np.cumsum(many) - many, many)
+            group, row = np.repeat(group, many), np.repeat(row, many)
+            index = np.repeat(index, many) + (np.arange(len(ids)) - first).astype(np.int32)
+        self.reserve_blocks(int(index.max()) + 1)
         at = group, row, index
         ahead = index * self.block_size - self.num_resident[group, row]
         self.block_table[at] = ids
         self.first_position[at] = self.num_computed[row] + ahead
         self.rotation[at] = self.next_position[row] + ahead
-        for name in SCORE_COLUMNS:
-            getattr(self, name)[at] = 0
-        self.num_blocks[:, rows] = before + counts
+        if self.keeps_scores:
+            for name in SCORE_COLUMNS:
+                getattr(self, name)[at] = 0
+        self.num_blocks[group, row] = index + 1  # of a table that gains several, the last stands
 
     def keep_blocks(self, rows: Int32, keep: Bool) -> Int32:
         """Drop table entries and close the gaps; the order of the rest stands.
@@ -294,14 +298,12 @@ class SequenceTable:
         self.num_blocks[:, rows] = num_blocks
 
     def note_tokens(self, rows: Int32, counts: Int32) -> None:
-        """Let rows that evict by token know the tokens that come next; their blocks are there."""
-        if self.by_token[rows].any():
-            at = np.flatnonzero(self.by_token[rows])
-            rows = rows[at]
-            width = int(self.num_blocks[:, rows].max()) * self.block_size
-            self.reserve_slots(width)
-            resident = self.num_resident[:, rows]
-            self.tokens.append(rows, resident, self.num_computed[rows], counts[at])
+        """Let rows that evict by token, [B], know the tokens that come next; their blocks are
+        there.
+        """
+        width = int(self.num_blocks[:, rows].max()) * self.block_size
+        self.reserve_slots(width)
+        self.tokens.append(rows, self.num_resident[:, rows], self.num_computed[rows], counts)
 
     def reserve_slots(self, width: int) -> None:
         """Make ``tokens`` at least ``width`` wide."""
@@ -329,38 +331,13 @@ class SequenceTable:
         blocks: Int32 = ids.T[at.T >= 0]
         return blocks
 
-    def append_tokens(self, rows: Int32, token_ids: Int32) -> Bool:
-        """Append one generated token to each row and return which rows hit a stop token: [B]."""
+    def append_tokens(self, rows: Int32, token_ids: Int32) -> Int32:
+        """Append one generated token to each row; return how many tokens each then knows: [B]."""
         known = self.num_known[rows]
         self.reserve_tokens(int(known.max(initial=0)) + 1)
         self.token_ids[rows, known] = token_ids
-        self.num_known[rows] = known + 1
-        stopped: Bool = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
-        return stopped
-
-    def sampling_batch(self, rows: Int32) -> SamplingBatch:
-        """Gather the sampling columns of the rows that draw, in the given order."""
-        columns = {name: column[rows] for name, column in self.sampling.items()}
-        return SamplingBatch(
-            **columns,
-            position=self.num_known[rows] - self.num_prompt[rows],
-            penalties=self._penalties(rows),
-        )
-
-    def _penalties(self, rows: Int32) -> Penalties | None:
-        wanted = self.penalised[rows]
-        if not wanted.any():
-            return None
-        sample = np.flatnonzero(wanted).astype(np.int32)
-        known = self.num_known[rows[sample]]
-        member = np.repeat(np.arange(len(sample)), known)
-        offset = np.arange(len(member)) - np.repeat(np.cumsum(known) - known, known)
-        row = rows[sample][member]
-        return Penalties(
-            sample=sample[member],
-            token=self.token_ids[row, offset],
-            generated=offset >= self.num_prompt[row],
-        )
+        self.num_known[rows] = known = known + 1
+        return known
 
     def audit(self) -> None:
         """Check every invariant; AssertionError names the one that does not hold."""

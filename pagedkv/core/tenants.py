@@ -22,6 +22,7 @@ class Tenants:
     Attributes:
         quota: [tenants] The most blocks that a tenant's running sequences may hold.
         served: [tenants] Tokens computed, first time only, plus tokens generated.
+        limited: Whether any tenant has a quota.
 
     Raises:
         ConfigError: An entry cannot be read, names a tenant twice or a quota over the pool.
@@ -42,11 +43,7 @@ class Tenants:
             quotas.append(blocks)
         self.quota: Int64 = np.array(quotas, np.int64)
         self.served: Int64 = np.zeros(len(quotas), np.int64)
-
-    @property
-    def limited(self) -> bool:
-        """Whether any tenant has a quota."""
-        return bool((self.quota < NO_QUOTA).any())
+        self.limited = min(quotas, default=NO_QUOTA) < NO_QUOTA
 
     def check(self, name: str, request_id: str) -> None:
         """Refuse a tenant that is not listed, if there is a list.

@@ -17,6 +17,7 @@ __all__ = ["HostTier"]
 
 KEPT_COLUMNS = ENTRY_COLUMNS[1:]
 TOKENS = "tokens."
+NOTHING: Int32 = np.empty((0, 2), np.int32)
 
 
 class HostTier:
@@ -101,10 +102,9 @@ class HostTier:
         Args:
             carried_out: Whether the plan will be; if not, its moves wait for one that is.
         """
-        nothing = np.empty((0, 2), np.int32)
-        if not carried_out:
-            return nothing, nothing
-        moves = np.concatenate([nothing, *self._out]), np.concatenate([nothing, *self._in])
+        if not carried_out or not (self._out or self._in):
+            return NOTHING, NOTHING
+        moves = np.concatenate([NOTHING, *self._out]), np.concatenate([NOTHING, *self._in])
         self._out, self._in, self._under_way = [], [], True
         return moves
 

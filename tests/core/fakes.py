@@ -15,6 +15,7 @@ from pagedkv import (
     SchedulerConfig,
     StepResult,
 )
+from pagedkv.core.batch import Batch
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import Sequence
 
@@ -314,5 +315,7 @@ def admit_row(manager, row, tokens, salt=""):
     return hits
 
 
-def arrays(counts):
-    return np.array(list(counts), np.int32), np.array(list(counts.values()), np.int32)
+def batch_of(manager, counts):
+    """Rows and how many tokens each computes."""
+    rows, tokens = np.array(list(counts), np.int32), np.array(list(counts.values()), np.int32)
+    return Batch(manager.table, rows, tokens)

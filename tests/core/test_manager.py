@@ -5,14 +5,14 @@ import pytest
 
 from pagedkv import OutOfBlocks
 from tests.core.fakes import admit_row as admit
-from tests.core.fakes import arrays, make_manager
+from tests.core.fakes import batch_of, make_manager
 from tests.core.fakes import bind_row as bind
 
 
 def compute(manager, counts):
     """Grow rows by some tokens and count them as computed; return the copies."""
-    copies = manager.grow(*arrays(counts))
-    manager.advance(*arrays(counts))
+    copies = manager.grow(batch_of(manager, counts))
+    manager.advance(batch_of(manager, counts))
     return copies.tolist()
 
 
@@ -40,7 +40,7 @@ def test_of_equal_blocks_the_first_row_s_wins_however_many_each_row_computes():
 def test_a_block_that_is_not_computed_yet_is_not_found():
     manager = make_manager(8)
     admit(manager, 0, [1, 2, 3])
-    manager.grow(*arrays({0: 3}))
+    manager.grow(batch_of(manager, {0: 3}))
     assert len(admit(manager, 1, [1, 2, 3])) == 0
 
 
@@ -122,7 +122,7 @@ def test_a_growth_too_large_changes_nothing():
     compute(manager, {0: 3})
     before = table_of(manager, 0), manager.pool.ref_count.tolist(), manager.pool.num_available
     with pytest.raises(OutOfBlocks):
-        manager.grow(*arrays({0: 5}))
+        manager.grow(batch_of(manager, {0: 5}))
     assert before == (
         table_of(manager, 0),
         manager.pool.ref_count.tolist(),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagedkv import OutOfBlocks
-from tests.core.fakes import ROWS, admit_row, arrays, bind_row, make_manager
+from tests.core.fakes import ROWS, admit_row, batch_of, bind_row, make_manager
 from tests.core.naive import NaiveBlocks
 
 
@@ -61,13 +61,13 @@ class ManagerTwins(RuleBasedStateMachine):
         left = {row: len(self.naive.tokens[row]) - self.computed(row) for row in rows}
         counts = {row: data.draw(st.integers(1, most)) for row, most in left.items()}
         need = sum(map(len, self.naive.needs(counts)))
-        assert self.real.shortfall(*arrays(counts)) == max(0, need - self.available)
+        assert self.real.shortfall(batch_of(self.real, counts)) == max(0, need - self.available)
         if need > self.available:
             with pytest.raises(OutOfBlocks):
-                self.real.grow(*arrays(counts))
+                self.real.grow(batch_of(self.real, counts))
             return
         held = self.real.table.num_blocks.copy()
-        copies = self.real.grow(*arrays(counts))
+        copies = self.real.grow(batch_of(self.real, counts))
         fresh = [
             block
             for g in range(self.real.num_groups)
@@ -80,7 +80,7 @@ class ManagerTwins(RuleBasedStateMachine):
             gone = next(iter(counts))
             self.release(gone)
             del counts[gone]
-        self.real.advance(*arrays(counts))
+        self.real.advance(batch_of(self.real, counts))
         self.naive.advance(counts)
 
     def computed(self, row):

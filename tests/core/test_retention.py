@@ -192,7 +192,7 @@ class Witness:
         heads = slots[::SIZE]
         turns = np.zeros(len(heads)) if plan.turns is None else plan.turns[g, b, : len(heads)]
         distance = query + turns - self.rotation[g, heads]
-        where = np.arange(len(slots)) if self.retention.rotates[row] else self.truth[g, slots]
+        where = np.arange(len(slots)) if self.retention.table.rotates[row] else self.truth[g, slots]
         assert (distance == where[-1] - where[::SIZE]).all(), "a block is read at a wrong distance"
 
     def _observe(self, plan, wanted):

@@ -1,0 +1,122 @@
+"""Making blocks findable once they are computed, and unfindable again; and telling who listens."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from pagedkv.core.arrays import Int32
+from pagedkv.core.pool import BlockPool
+from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
+from pagedkv.core.table import SequenceTable
+from pagedkv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, short_hash
+
+__all__ = ["Publisher"]
+
+
+class Publisher:
+    """The only writer of the prefix index.
+
+    Args:
+        records: Whether to keep events.
+    """
+
+    def __init__(
+        self, pool: BlockPool, table: SequenceTable, index: PrefixIndex, *, records: bool
+    ) -> None:
+        self._pool = pool
+        self._table = table
+        self._index = index
+        self._size = table.block_size
+        self.records = records
+        self._events: list[KVEvent] = []
+
+    def seal(self, rows: Int32, first: Int32, end: Int32) -> None:
+        """Insert the blocks ``first`` to ``end`` of each row's tokens, where they may be found.
+
+        Args:
+            rows: [N] Rows, each at most once.
+            first, end: [N] Blocks that are full now and were not before.
+        """
+        table, size = self._table, self._size
+        may = table.publishable(rows)
+        rows, first, counts = rows[may], first[may], (end - first)[may]
+        row, block = rows, first
+        if len(rows) and counts.max() > 1:
+            row = np.repeat(rows, counts)
+            begin = np.repeat(np.cumsum(counts) - counts, counts)
+            block = np.repeat(first, counts) + (np.arange(len(row)) - begin).astype(np.int32)
+        digests = self._digests(rows, row, block, counts)
+        # Blocks that left a sliding window without loss moved the later ones forward.
+        gone = (table.num_computed[row] - table.num_resident[:, row]) // size
+        groups = np.arange(table.num_groups)[:, None]
+        blocks: Int32 = table.block_table[groups, row, block - gone].T
+        fresh = self._index.insert_many(digests, blocks)
+        self._pool.cached.stored(blocks[fresh], table.priority[row[fresh], None])
+        if self.records:
+            self._record(rows, first, counts, fresh)
+
+    def _digests(self, rows: Int32, row: Int32, block: Int32, counts: Int32) -> list[bytes]:
+        """Return the hashes of full blocks, [P] rows and blocks, ``counts`` after each other of
+        each of ``rows``; their sequences' chains are lengthened by them.
+        """
+        table, size = self._table, self._size
+        # What can be gathered is, at once.
+        slots = block[:, None] * size + np.arange(size)
+        content = table.token_ids[row[:, None], slots].tobytes()
+        stride, at = size * table.token_ids.itemsize, 0
+        digests: list[bytes] = []
+        firsts = block[np.cumsum(counts) - counts].tolist()
+        for of, begin, count in zip(rows.tolist(), firsts, counts.tolist(), strict=True):
+            seq = table.sequences[of]
+            assert seq is not None
+            hashes = seq.hashes
+            if not hashes or len(hashes) < begin:
+                salt = seq.request.cache_salt
+                extend_chain(hashes, table.token_ids[of], begin + 1, size, salt)
+            for i in range(len(hashes) - begin, count):
+                place = at + i * stride
+                hashes.append(block_digest(hashes[-1], content[place : place + stride]))
+            at += count * stride
+            digests += hashes[begin : begin + count]
+        return digests
+
+    def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: list[int]) -> None:
+        ends = np.cumsum(counts).tolist()
+        for i, (begin, end) in enumerate(pairwise([0, *ends])):
+            new = [int(first[i]) + at - begin for at in fresh if begin <= at < end]
+            self._events += [self._stored(int(rows[i]), *run) for run in runs(new)]
+
+    def _stored(self, row: int, first: int, end: int) -> BlockStored:
+        seq, size = self._table.sequences[row], self._size
+        assert seq is not None
+        return BlockStored(
+            block_hashes=[short_hash(digest) for digest in seq.hashes[first:end]],
+            parent_block_hash=short_hash(seq.hashes[first - 1]) if first else None,
+            token_ids=self._table.token_ids[row, first * size : end * size].tolist(),
+            block_size=size,
+        )
+
+    def withdraw(self, ids: Int32) -> Int32:
+        """Make blocks unfindable, and those of other groups that hold the same content.
+
+        Returns:
+            Those of ``ids`` that could be found.
+        """
+        found = ids[self._index.findable(ids)]
+        if len(found):
+            hashes, blocks = self._index.remove(found)
+            self._pool.forget(blocks)
+            if self.records:
+                self._events.append(BlockRemoved(block_hashes=[short_hash(h) for h in hashes]))
+        return found
+
+    def clear(self) -> None:
+        """Make everything unfindable."""
+        self._pool.forget(self._index.clear())
+        if self.records:
+            self._events.append(AllBlocksCleared())
+
+    def take_events(self) -> list[KVEvent]:
+        """Return the events since the last call, oldest first."""
+        taken, self._events = self._events, []
+        return taken
