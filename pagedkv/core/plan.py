@@ -134,7 +134,8 @@ class PromptLogprobs(Struct, frozen=True, kw_only=True, eq=False):
 class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
     """What one step does: B sequences compute T tokens, S of them draw a token.
 
-    G is the number of groups (block tables per sequence), W the widest block table in the step.
+    G is the number of groups (block tables per sequence); W is the widest block table in the step,
+    or up to an eighth more (`table.plan_width`).
 
     Attributes:
         step: Counts the scheduler's plans from 0.
@@ -280,6 +281,9 @@ def not_finite(plan: StepPlan, result: StepResult) -> Bool:
     wrong: Bool = np.zeros(len(plan.rows), np.bool_)
     for wanted, seen in zip(plan.observations, result.observed, strict=True):
         for values in (seen.values, seen.mass):
-            if not np.isfinite(values.sum()):  # one pass; which of them it is, is rarely asked
+            # One pass, the fastest; which of them it is, or whether squares are just too large,
+            # is rarely asked.
+            flat = values.ravel()
+            if not np.isfinite(flat @ flat):
                 wrong[wanted.members] |= ~np.isfinite(values).all(axis=(0, 2))
     return wrong

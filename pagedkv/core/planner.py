@@ -7,6 +7,7 @@ from pagedkv.core.batch import Batch, Draws
 from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.positions import turns
 from pagedkv.core.retention import Retention
+from pagedkv.core.table import plan_width
 
 __all__ = ["build_plan", "drawing"]
 
@@ -30,7 +31,7 @@ def build_plan(
         copies: [C, 2] Blocks to copy after that.
     """
     table, at = batch.table, batch.at
-    width = int(table.num_blocks[:, at].max(initial=0))
+    width = plan_width(int(table.num_blocks[:, at].max(initial=0)))
     place, computed, position = (
         column[..., at] if batch.decodes else column[..., batch.token_rows] + batch.offset
         for column in (table.num_resident, table.num_computed, table.next_position)
