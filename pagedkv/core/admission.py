@@ -220,7 +220,10 @@ class Admission:
     def _need(self, seq: Sequence, hits: Int32) -> Need:
         groups, size = self._manager.num_groups, self._manager.block_size
         if seq.swapped is not None:
-            now = len(seq.swapped.blocks) + groups
+            left = len(seq.token_ids) - seq.num_computed
+            known = -(-(seq.swapped.progress["num_resident"] + left) // size)
+            blocks = np.maximum(np.minimum(known, seq.max_blocks), seq.swapped.num_blocks)
+            now = int(blocks.sum())
         else:
             now = self._manager.missing_blocks(seq, hits)
         if self._config.scheduler.admission == "greedy":

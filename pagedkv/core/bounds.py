@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence as Many
 
-from pagedkv.core.request import UNBOUNDED
+from pagedkv.core.request import UNBOUNDED, Request
 from pagedkv.eviction import Policy, lookback
 
-__all__ = ["most_blocks", "usable_prefix"]
+__all__ = ["foreseeable", "most_blocks", "usable_prefix"]
 
 
 def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
@@ -32,3 +32,19 @@ def usable_prefix(policy: Policy, block_size: int) -> int:
     if looks_back is None or least is None or early or policy.scorer().static:
         return 0
     return max(0, least - looks_back)
+
+
+def foreseeable(request: Request, policy: Policy, eos_token_ids: tuple[int, ...]) -> bool:
+    """Return whether a request surely ends by its length, whatever is drawn, and forgets nothing.
+
+    So does one of a single sequence that no token and no text can stop, and of which nothing but
+    tokens is reported.
+    """
+    sampling = request.sampling
+    stops = sampling.stop_token_ids or sampling.stop
+    return (
+        (sampling.ignore_eos or not eos_token_ids)
+        and not (stops or policy.evicts or sampling.width > 1)
+        and sampling.logprobs is None
+        and sampling.prompt_logprobs is None
+    )

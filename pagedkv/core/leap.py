@@ -1,140 +1,231 @@
-"""Many steps as one, where nothing can happen but that every running sequence gets a token.
+"""Many steps as one: a step's decision, for as long as the scheduler would decide the same.
 
-Serving spends most of its steps so: nobody comes, nobody ends, nobody is short of blocks. Whoever
-knows the tokens beforehand (a simulator, a replay) need not plan each of them. This is a part of
-the scheduler in a file of its own, and knows its insides.
+A leap begins as any step does, with the passes of the scheduler: who goes on, who enters, who is
+pushed back. Then, as long as nothing else can happen, every sequence that draws goes on drawing,
+and a prompt that fills the token budget goes on filling it. Sequences may end with the last step.
+
+Whoever knows the tokens beforehand (a simulator, a replay) need not plan each of these steps. This
+is a part of the scheduler in a file of its own, and knows its insides.
 """
 
-import numpy as np
+from bisect import bisect_left
 
-from pagedkv.core.arrays import Int32
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
 from pagedkv.core.manager import BlockManager
+from pagedkv.core.planner import Decision
 from pagedkv.core.prefix import extend_chain
+from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
 
-__all__ = ["leap", "quiet_steps"]
+__all__ = ["Leap", "commit_leap", "extend_leap", "schedule_leap"]
+
+FAR = 2**30
 
 
-def quiet_steps(scheduler: Scheduler, most: int) -> int:
-    """Return for how many of the next ``most`` steps every running sequence surely decodes one
-    token and nothing else can happen: nobody enters, ends, is preempted or evicts.
+class Leap(Struct, frozen=True, kw_only=True, eq=False):
+    """Some steps in a row that one decision holds for.
 
-    Cautious: where it is not plain that a step is quiet, it is not. Sequences that may evict, stop
-    tokens, shared tails, quotas and recorded events are never quiet; nor is a queue, unless it is
-    first come first served and its first can surely not enter.
+    Attributes:
+        decision: Of the first step.
+        then: [B] How many tokens each row computes in every step after it.
+        draws: [B] Whether a row draws a token in each step; the others' prompts go on after it.
+        resident: [groups, B] Tokens resident before the first step.
+        steps: The most steps, or those to commit; 1 at least.
+        taken_at: [N] Of each block taken after the first step, the step, counted from 0; known
+            once the leap is extended.
+    """
+
+    decision: Decision
+    then: Int32
+    draws: Bool
+    resident: Int32
+    steps: int
+    taken_at: Int64 | None = None
+
+    def counts(self, steps: int) -> Int32:
+        """Return how many tokens each row computes in the first so many steps: [B]."""
+        counts: Int32 = self.decision.batch.counts + np.int32(steps - 1) * self.then
+        return counts
+
+
+def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
+    """Decide the next step, as `Scheduler.schedule` does, and for how many steps that holds.
+
+    Cautious: where it is not plain that a step repeats the one before, it is not part of the leap.
+
+    Args:
+        most: Steps, 1 at least.
+
+    Returns:
+        None, and nothing changed, if the outcome of steps cannot be foreseen: sequences are in
+        work that may evict, stop or fork, layers have windows, tenants quotas, or KV events or an
+        end wait to be told. Take an ordinary step then.
     """
     roster, manager, table = scheduler._roster, scheduler.manager, scheduler.table
-    rows = table.running
     if (
-        not len(rows)
-        or scheduler._outstanding is not None
-        or len(rows) > scheduler.config.scheduler.max_num_batched_tokens
+        roster.unforeseen
         or roster.finished
-        or roster.unforked
-        or manager.records_events
-        or manager._moves
+        or scheduler._outstanding is not None
         or scheduler.tenants.limited
+        or manager.records_events
         or any(scheduler.layout.windows)
-        or table.evicts[rows].any()
-        or (table.prompt_logprobs[rows] >= 0).any()
-        or (table.stop_ids[rows] >= 0).any()
-        or (table.num_known[rows] - table.num_computed[rows] != 1).any()
     ):
-        return 0
-    most = min(most, int((table.limit[rows] - table.num_known[rows]).min()) - 1)
-    if most > 0 and roster.waiting:
-        most = min(most, _until_admission(scheduler))
-    return _growth_steps(manager, rows, most) if most > 0 else 0
+        return None
+    decision = scheduler._outstanding = scheduler._decide()
+    rows, first = decision.batch.rows, decision.batch.counts
+    left = table.num_known[rows] - table.num_computed[rows] - first
+    resident = table.num_resident[:, rows]
+    draws = left == 0
+    then = np.ones(len(rows), np.int32)
+    steps = min(most, _repeats(scheduler, decision, left))
+    if steps > 1:
+        if left[-1]:
+            then[-1] = _chunk(scheduler, len(rows))
+        steps = 1 + _growth_steps(manager, rows, resident + first, then, steps - 1)
+    return Leap(decision=decision, then=then, draws=draws, resident=resident, steps=steps)
 
 
-def _until_admission(scheduler: Scheduler) -> int:
-    """Return the steps for which the first in the queue surely stays there.
+def _repeats(scheduler: Scheduler, decision: Decision, left: Int32) -> int:
+    """Return for how many steps a decision surely holds, as far as tokens and the queue go.
+
+    Args:
+        left: [B] Known tokens that each row leaves to later steps.
+    """
+    roster, table, limits = scheduler._roster, scheduler.table, scheduler.config.scheduler
+    rows = decision.batch.rows
+    if not len(rows) or len(rows) < len(table.running) or roster.finished:
+        return 1
+    drawing = rows
+    if left.any():
+        # A prompt that takes all the budget keeps everybody out, until its last tokens.
+        chunk = _chunk(scheduler, len(rows))
+        waits = roster.waiting and limits.scheduling_policy == "priority"
+        if left[:-1].any() or limits.long_prefill_token_threshold or waits or chunk < 1:
+            return 1
+        drawing, steps = rows[:-1], 1 + (int(left[-1]) - 1) // chunk
+    elif len(rows) > limits.max_num_batched_tokens:
+        return 1
+    else:
+        steps = _until_admission(scheduler, decision) if roster.waiting else FAR
+    room = table.limit[drawing] - table.num_known[drawing]
+    return min(steps, int(room.min(initial=FAR)))
+
+
+def _chunk(scheduler: Scheduler, batch: int) -> int:
+    """Return the tokens that a prompt gets in a step in which all others draw."""
+    return scheduler.config.scheduler.max_num_batched_tokens - (batch - 1)
+
+
+def _until_admission(scheduler: Scheduler, decision: Decision) -> int:
+    """Return the steps, this one included, after which the first in the queue may enter.
 
     What decoding takes from the pool only makes admission harder. It could become easier in one
     way: that a running sequence seals the very block that the waiting prompt goes on with.
     """
     limits, manager, table = scheduler.config.scheduler, scheduler.manager, scheduler.table
     if limits.scheduling_policy != "fcfs" or limits.max_skips or limits.admission == "optimistic":
-        return 0
-    seq = next(scheduler._roster.waiting.order(scheduler.totals.num_steps))
+        return 1
+    seq = next(scheduler._roster.waiting.order(decision.step))
     if scheduler.admission.has_outgrown(seq):
-        return 0
+        return 1
     hits = manager.find_prefix(seq)
     if scheduler.admission.can_admit(seq, hits):
-        return 0
-    left = (len(hits) + 1) * manager.block_size - table.num_computed[table.running]
-    return int(left[left > 0].min(initial=np.iinfo(np.int32).max)) - 1
+        return 1
+    computed = table.num_computed[decision.batch.rows]
+    ahead = (len(hits) + 1) * manager.block_size - computed
+    ahead = ahead[ahead > 0] - decision.batch.counts[ahead > 0]
+    return max(1, int(ahead.min(initial=FAR)))
 
 
-def _growth_steps(manager: BlockManager, rows: Int32, most: int) -> int:
-    """Return for how many steps of one token each, at most ``most``, rows can grow by blanks and,
-    with one group, by cached blocks alone; 0 if a block would have to be copied.
-    """
-    table, size = manager.table, manager.block_size
-    resident, held = table.num_resident[:, rows], table.num_blocks[:, rows]
-    last = np.maximum(held - 1, 0)
-    tails = table.block_table[np.arange(manager.num_groups)[:, None], rows[None, :], last]
-    if (manager.pool.ref_count[tails] > 1).any():
-        return 0
-    # Reclaiming one group's block blanks its siblings, so then the order of steps matters.
-    room = manager.pool.num_available - (manager.pool.num_cached if manager.num_groups > 1 else 0)
-
-    def fits(steps: int) -> bool:
-        return int((-(-(resident + steps) // size) - held).sum()) <= room
-
-    if fits(most):
-        return most
-    fit, unfit = 0, most
-    while unfit - fit > 1:
-        middle = (fit + unfit) // 2
-        fit, unfit = (middle, unfit) if fits(middle) else (fit, middle)
-    return fit
-
-
-def leap(scheduler: Scheduler, token_ids: Int32) -> bool:
-    """Carry out quiet steps at once: the state is as after as many plans and commits.
+def _growth_steps(
+    manager: BlockManager, rows: Int32, resident: Int32, then: Int32, most: int
+) -> int:
+    """Return for how many steps, at most ``most``, rows can grow by blanks and, with one group, by
+    cached blocks alone.
 
     Args:
-        token_ids: [K, B] What each of K steps, at most what `quiet_steps` gave, draws for each row
-            of ``table.running``, in that order.
+        resident: [groups, B] Tokens resident before them.
+        then: [B] Tokens that each row gains per step.
+    """
+    size, held = manager.block_size, manager.table.num_blocks[:, rows]
+    # Reclaiming one group's block blanks its siblings, so then the order of steps matters.
+    room = manager.pool.num_available - (manager.pool.num_cached if manager.num_groups > 1 else 0)
+    if held.size + int(then.sum()) * most * len(held) // size <= room:
+        return most
+
+    def fits(steps: int) -> bool:
+        return int((-(-(resident + steps * then) // size) - held).sum()) <= room
+
+    return bisect_left(range(1, most + 1), True, key=lambda steps: not fits(steps))
+
+
+def extend_leap(scheduler: Scheduler, leap: Leap, token_ids: Int32) -> Leap:
+    """Say what the steps of a leap will draw, and give their sequences the blocks for it.
+
+    Args:
+        leap: What `schedule_leap` gave last.
+        token_ids: [K, S] What each of K steps, at most the leap's, draws for each of the rows that
+            draw, in their order; valid ids.
 
     Returns:
-        False, and nothing changed, if the steps depend on each other's order: a block is about to
-        be sealed whose content is cached elsewhere. Take them singly then.
+        The leap with the steps to commit: K, or only the first if they depend on each other's
+        order, because a block is about to be sealed whose content is cached elsewhere.
     """
-    manager, table, rows = scheduler.manager, scheduler.table, scheduler.table.running
-    steps = len(token_ids)
-    known = table.num_known[rows]
+    manager, table, steps = scheduler.manager, scheduler.table, len(token_ids)
+    rows, first = leap.decision.batch.rows, leap.decision.batch.counts
+    drawing = rows[leap.draws]
+    known = table.num_known[drawing]
     table.reserve_tokens(int(known.max(initial=0)) + steps)
-    table.token_ids[rows[:, None], known[:, None] + np.arange(steps)] = token_ids.T
-    if manager.enable_prefix_caching and _repeats(manager, rows, steps):
-        return False
-    batch = Batch(table, rows, np.full(len(rows), steps, np.int32))
-    _grow(manager, rows, steps)
-    table.num_known[rows] += steps
+    table.token_ids[drawing[:, None], known[:, None] + np.arange(steps)] = token_ids.T
+    if steps > 1 and manager.enable_prefix_caching and _collide(manager, rows, leap.counts(steps)):
+        steps = 1
+    taken_at = _grow(manager, rows, leap.resident + first, leap.then, steps - 1)
+    return msgspec.structs.replace(leap, steps=steps, taken_at=taken_at)
+
+
+def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
+    """Count an extended leap's steps as taken: the state is as after as many plans and commits.
+
+    Returns:
+        The sequences that ended in the last step.
+    """
+    table, roster, steps = scheduler.table, scheduler._roster, leap.steps
+    scheduler._outstanding = None
+    scheduler.tier.commit()
+    batch = Batch(table, leap.decision.batch.rows, leap.counts(steps))
+    drawing = batch.rows[leap.draws]
     scheduler._charge(batch)
-    scheduler.tenants.charge(batch.tenants, batch.counts)
-    manager.advance(batch)
+    scheduler.manager.advance(batch)
+    table.num_known[drawing] += steps
+    scheduler.tenants.charge(table.tenant[drawing], np.full(len(drawing), steps, np.int32))
     if scheduler.config.scheduler.admission == "optimistic":
-        for _ in range(steps):
+        for _ in range(steps - 1):
             scheduler.admission.step()
-    scheduler.totals.num_steps += steps
-    scheduler.totals.generation_tokens += token_ids.size
+    scheduler.totals.num_steps += steps - 1
+    scheduler.totals.generation_tokens += steps * len(drawing)
+    full = table.num_known[drawing] >= table.limit[drawing]
+    last = table.token_ids[drawing, table.num_known[drawing] - 1]
+    scheduler._finish_ended(drawing, last, np.zeros_like(full), full)
+    finished, roster.finished = roster.finished, []
     if scheduler._audits:
         scheduler.audit()
-    return True
+    return finished
 
 
-def _repeats(manager: BlockManager, rows: Int32, steps: int) -> bool:
-    """Return whether the next ``steps`` tokens of rows, which are written already, seal a block
-    that is findable, or two alike. Hash chains grow by what is looked at.
+def _collide(manager: BlockManager, rows: Int32, counts: Int32) -> bool:
+    """Return whether the next tokens of rows, which are written already, seal a block that is
+    findable, or two alike. Hash chains grow by what is looked at.
     """
     table, size = manager.table, manager.block_size
     before = table.num_computed[rows]
-    first, full = before // size, (before + steps) // size
+    first, full = before // size, (before + counts) // size
     new: list[bytes] = []
-    for i in np.flatnonzero(first != full).tolist():
+    for i in (first != full).nonzero()[0].tolist():
         seq = table.sequences[int(rows[i])]
         assert seq is not None
         tokens, salt = table.token_ids[rows[i]], seq.request.cache_salt
@@ -143,15 +234,26 @@ def _repeats(manager: BlockManager, rows: Int32, steps: int) -> bool:
     return len(set(new)) < len(new) or manager.index.knows_any(new)
 
 
-def _grow(manager: BlockManager, rows: Int32, steps: int) -> None:
-    """Give each row the very blocks that as many steps of one token each would have given it."""
+def _grow(manager: BlockManager, rows: Int32, resident: Int32, then: Int32, steps: int) -> Int64:
+    """Give each row the very blocks that as many steps of ``then`` tokens would have given it.
+
+    Returns:
+        [N] Of each block, which of the steps took it, counted from 1; ascending.
+    """
+    if not steps:
+        return np.zeros(0, np.int64)
     table, size = manager.table, manager.block_size
-    resident, held = table.num_resident[:, rows], table.num_blocks[:, rows]
-    fresh = -(-(resident + steps) // size) - held
+    held = table.num_blocks[:, rows]
+    fresh = -(-(resident + steps * then) // size) - held
     flat = fresh.ravel()
-    first = (held * size - resident).ravel()  # the step that takes the next block
-    ordinal = np.arange(flat.sum()) - np.repeat(np.cumsum(flat) - flat, flat)
-    order = np.argsort(np.repeat(first, flat) + ordinal * size, kind="stable")
+    start = np.cumsum(flat) - flat
+    ordinal = np.arange(int(flat.sum())) - np.repeat(start, flat)
+    # The step that writes past a row's blocks takes the next one.
+    room = np.repeat((held * size - resident).ravel(), flat) + ordinal * size
+    taken_at: Int64 = room // np.repeat(np.tile(then, len(held)), flat) + 1
+    order = np.argsort(taken_at, kind="stable")
     ids = np.empty(len(order), np.int32)
     ids[order] = manager.allocate(len(order))
     table.append_blocks(rows, fresh, ids)
+    taken_at = taken_at[order]
+    return taken_at

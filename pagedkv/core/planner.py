@@ -1,5 +1,7 @@
 """From decisions to a plan: gathers what a step's sequences compute into packed arrays."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pagedkv.core.arrays import Int32, Int64
@@ -9,27 +11,34 @@ from pagedkv.core.positions import turns
 from pagedkv.core.retention import Retention
 from pagedkv.core.table import plan_width
 
-__all__ = ["build_plan", "drawing"]
+__all__ = ["Decision", "build_plan", "drawing"]
 
 
-def build_plan(
-    step: int,
-    retention: Retention,
-    batch: Batch,
-    draws: Draws,
-    moves: Int64,
-    copies: Int32,
-    swaps: tuple[Int32, Int32],
-) -> StepPlan:
-    """Return the plan of a step; reads the state and changes nothing.
+class Decision(NamedTuple):
+    """What the passes of a step came to.
 
-    Args:
+    Attributes:
+        step: Its number.
         batch: The rows that compute; their blocks reach as far as their new tokens.
-        draws: The rows that draw a token.
         moves: [M, 2] Slots to copy first.
         swaps: Blocks that move to host memory next, and those that come back.
         copies: [C, 2] Blocks to copy after that.
     """
+
+    step: int
+    batch: Batch
+    moves: Int64
+    swaps: tuple[Int32, Int32]
+    copies: Int32
+
+
+def build_plan(retention: Retention, decision: Decision, draws: Draws) -> StepPlan:
+    """Return the plan of a step; reads the state and changes nothing.
+
+    Args:
+        draws: The rows that draw a token.
+    """
+    step, batch, moves, swaps, copies = decision
     table, at = batch.table, batch.at
     width = plan_width(int(table.num_blocks[:, at].max(initial=0)))
     place, computed, position = (

@@ -26,6 +26,7 @@ class Roster:
         requests: Per request id, its sequences that have not finished.
         sequences: The same by sequence id.
         at_work: How many of them each tenant has, by its number; who has none is not listed.
+        unforeseen: Those that `bounds.foreseeable` does not vouch for, by sequence id.
         unforked: Running leaders whose siblings have not forked yet, by sequence id.
         finished: Ends that were not reported yet.
     """
@@ -42,11 +43,14 @@ class Roster:
         self.requests: dict[str, list[Sequence]] = {}
         self.sequences: dict[int, Sequence] = {}
         self.at_work: Counter[int] = Counter()
+        self.unforeseen: set[int] = set()
         self.unforked: dict[int, Sequence] = {}
         self.finished: list[FinishedSequence] = []
 
-    def enlist(self, group: list[Sequence]) -> None:
+    def enlist(self, group: list[Sequence], *, foreseeable: bool) -> None:
         """Queue the sequences of a new request."""
+        if not foreseeable:
+            self.unforeseen.update(seq.seq_id for seq in group)
         group[0].siblings = group[1:]
         self.requests[group[0].request.request_id] = group
         self.sequences.update((seq.seq_id, seq) for seq in group)
@@ -80,6 +84,13 @@ class Roster:
         else:
             self._totals.prompt_tokens += seq.num_prompt
             self._totals.prompt_tokens_cached += cached
+
+    def sibling_rows(self) -> dict[int, Int32]:
+        """Return the rows that fork from a row once its prompt is computed, by that row."""
+        return {
+            seq.row: np.array([member.row for member in seq.siblings], np.int32)
+            for seq in self.unforked.values()
+        }
 
     def fork_finished_prompts(self) -> None:
         """Let siblings run whose leader has computed the prompt; they share its blocks."""
@@ -181,6 +192,7 @@ class Roster:
     def _strike(self, seq: Sequence) -> None:
         seq.move(Status.FINISHED)
         del self.sequences[seq.seq_id]
+        self.unforeseen.discard(seq.seq_id)
         self.at_work[seq.tenant_id] -= 1
         if not self.at_work[seq.tenant_id]:
             del self.at_work[seq.tenant_id]
@@ -200,6 +212,7 @@ class Roster:
                 assert self._table.sequences[seq.row] is seq, f"row {seq.row} is another's"
         tenants = Counter(seq.tenant_id for seq in self.sequences.values())
         assert self.at_work == tenants, "a tenant's sequences are miscounted"
+        assert self.unforeseen <= self.sequences.keys(), "a sequence that ended is remembered"
         taken = sum(s is not None for s in self._table.sequences)
         in_rows = sum(s.row >= 0 for s in self.sequences.values())
         assert taken == in_rows, "a row is held by nobody in work"

@@ -7,12 +7,12 @@ from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.batch import Batch
-from pagedkv.core.bounds import most_blocks, usable_prefix
+from pagedkv.core.bounds import foreseeable, most_blocks, usable_prefix
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
 from pagedkv.core.manager import NO_MOVES, BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, not_finite
-from pagedkv.core.planner import build_plan, drawing
+from pagedkv.core.planner import Decision, build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue, urgency
@@ -61,7 +61,7 @@ class Scheduler:
         self._intake = Intake(
             self.config, self._roster, self.retention, self.admission, self._pressure
         )
-        self._outstanding: StepPlan | None = None
+        self._outstanding: StepPlan | Decision | None = None
         self._decoding = Batch.decoding(self.table)
         self._batch = self._decoding
         self._draws = self._decoding.draws
@@ -115,7 +115,8 @@ class Scheduler:
             if request.sampling.prompt_logprobs is not None:
                 seq.max_prefix = 0  # a token that is not computed has no log-probability
         self._next_seq_id += len(group)
-        self._roster.enlist(group)
+        eos = self.config.model.eos_token_ids
+        self._roster.enlist(group, foreseeable=foreseeable(request, policy, eos))
         return [seq.seq_id for seq in group]
 
     def abort(self, request_id: str) -> list[FinishedSequence]:
@@ -175,6 +176,14 @@ class Scheduler:
                 where="schedule",
                 remedy="commit it first",
             )
+        decision = self._decide()
+        self._batch = decision.batch
+        self._draws = drawing(decision.batch, self._roster.sibling_rows())
+        plan = self._outstanding = build_plan(self.retention, decision, self._draws)
+        return plan
+
+    def _decide(self) -> Decision:
+        """Hold the passes of a step: who computes how much, in blocks that are theirs after."""
         now = self._totals.num_steps
         self._intake.make_way(now)
         rungs = self._totals.num_rungs
@@ -190,20 +199,13 @@ class Scheduler:
                 batch = Batch(self.table, rows, counts)
         else:
             self.admission.preempted()
-        siblings = {
-            seq.row: np.array([member.row for member in seq.siblings], np.int32)
-            for seq in self._roster.unforked.values()
-        }
-        draws = drawing(batch, siblings)
         # A plan without tokens is not carried out, and must not take the moves with it.
         carried_out = batch.num_tokens > 0
         moves = self.manager.take_moves() if carried_out else NO_MOVES
         swaps = self.tier.take_moves(carried_out=carried_out)
-        plan = build_plan(now, self.retention, batch, draws, moves, copies, swaps)
         self._totals.num_steps += 1
         self._totals.tokens_moved += len(moves)
-        self._outstanding, self._batch, self._draws = plan, batch, draws
-        return plan
+        return Decision(now, batch, moves, swaps, copies)
 
     def _continue_running(self) -> Batch:
         """Share the token budget among running sequences, first admitted first served.

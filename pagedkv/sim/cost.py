@@ -3,15 +3,15 @@
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Meta, Struct
 
 from pagedkv.config import Checked
-from pagedkv.core.arrays import Float64, Int64
+from pagedkv.core.arrays import Float64
+from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan
 from pagedkv.errors import ConfigError
 
-__all__ = ["Accelerator", "CostModel", "ModelShape", "StepWork", "decode_work", "step_work"]
+__all__ = ["Accelerator", "CostModel", "ModelShape", "StepWork", "leap_work", "step_work"]
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=4)]
@@ -190,16 +190,23 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
     )
 
 
-def decode_work(resident: Int64, num_steps: int) -> StepWork:
-    """Return the work of the coming steps in which each sequence decodes one token.
-
-    Args:
-        resident: [G, B] Tokens resident before the first of them.
-    """
-    step: Int64 = np.arange(1, num_steps + 1, dtype=np.int64)
-    groups, batch = resident.shape
-    # The same sums as `step_work`'s, in closed form: exact in float64, so equal to the last bit.
-    context: Float64 = (int(resident.sum()) + step * (groups * batch)).astype(np.float64) / groups
-    pairs = context - batch / 2
-    tokens: npt.NDArray[np.int64] = np.full(num_steps, batch, np.int64)
-    return StepWork(num_tokens=tokens, context_tokens=context, attention_pairs=pairs)
+def leap_work(leap: Leap, block_size: int) -> StepWork:
+    """Return the work of each step of a leap: [steps] per field; that of its plans, to the bit."""
+    # Sums of integers and halves of them, which float64 holds exactly in any order.
+    first, then, resident = leap.decision.batch.counts, leap.then, leap.resident.astype(np.int64)
+    groups = len(resident)
+    repeat: Float64 = np.arange(-1, leap.steps - 1, dtype=np.float64)  # 0 is the second step
+    begin, more, square = int(first.sum()), int(then.sum()), int(then @ then)
+    tokens = begin + np.minimum(repeat + 1, 1) * (more - begin)
+    context = int(resident.sum()) + groups * (begin + (repeat + 1) * more)
+    pairs = int(((resident + first) @ then).sum()) + groups * ((repeat + 0.5) * square)
+    pairs[0] = int((resident @ first).sum()) + groups * (int(first @ first) / 2)
+    once = (repeat < 0).astype(np.float64)
+    _, _, moves, swaps, copies = leap.decision
+    return StepWork(
+        num_tokens=tokens,
+        context_tokens=context / groups,
+        attention_pairs=pairs / groups,
+        copied_tokens=once * ((len(copies) * block_size + len(moves)) / groups),
+        swapped_tokens=once * ((len(swaps[0]) + len(swaps[1])) * block_size / groups),
+    )

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.arrays import Float64, Int32
+from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
 from pagedkv.sim.content import stream_tokens
-from pagedkv.sim.cost import CostModel, decode_work, step_work
+from pagedkv.sim.cost import CostModel, leap_work, step_work
 
 __all__ = ["CostExecutor"]
 
@@ -68,24 +69,22 @@ class CostExecutor:
             found.append(Observed(values=mass, mass=mass.copy()))
         return found
 
-    # Quiet steps
+    # Leaps
 
-    def decode_seconds(self, resident: Int64, num_steps: int, step: int) -> Float64:
-        """Return how long each of the coming pure decode steps takes: [K].
-
-        Args:
-            resident: [G, B] Tokens resident before them.
-            step: The number of the first.
-        """
-        del step  # a formula needs no number; a recording does
-        seconds: Float64 = np.broadcast_to(
-            self.cost.seconds(decode_work(resident, num_steps)), (num_steps,)
-        )
+    def leap_seconds(self, leap: Leap) -> Float64:
+        """Return how long each step of a leap takes: [steps]."""
+        work = leap_work(leap, self._block_size)
+        seconds: Float64 = np.broadcast_to(self.cost.seconds(work), (leap.steps,))
         return seconds
 
-    def decode_tokens(self, table: SequenceTable, num_steps: int) -> Int32:
-        """Return what running sequences draw in the coming steps: [K, B]."""
-        rows = table.running
+    def leap_tokens(self, table: SequenceTable, rows: Int32, num_steps: int) -> Int32:
+        """Return what rows draw in the coming steps: [K, S]."""
         position = (table.num_known[rows] - table.num_prompt[rows]).astype(np.int64)
         seeds = table.sampling["seed"][rows].astype(np.int64)
         return stream_tokens(seeds, position + np.arange(num_steps)[:, None])
+
+    def land(self, leap: Leap, end: float) -> None:
+        """Set the clock to the end of a leap, and count what it moved."""
+        self.clock = end
+        moved = len(leap.decision.swaps[0]) + len(leap.decision.swaps[1])
+        self.swapped_tokens += moved * self._block_size // len(leap.resident)

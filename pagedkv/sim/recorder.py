@@ -1,11 +1,14 @@
 """Watches one simulated engine and keeps what reports need, in bounded memory."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.leap import Leap
+from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
@@ -14,7 +17,7 @@ from pagedkv.sim.slo import Objective
 from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest
 
-__all__ = ["LATENCIES", "SERIES", "Before", "Phase", "Recorder"]
+__all__ = ["LATENCIES", "SERIES", "Phase", "Pool", "Recorder"]
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
 SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
@@ -95,14 +98,27 @@ class Recorder:
         self._lives[seq_id] = _Life(request, name)
         self.most_in_flight = max(self.most_in_flight, len(self._lives))
 
+    def begin(self, rows: Int32, now: float) -> None:
+        """Look at who computes in the step, or leap, that begins now."""
+        if self._scheduler.totals.num_preemptions != self._preemptions:
+            self._preemptions = self._scheduler.totals.num_preemptions
+            self._look_for_preempted(now)
+        seq_ids = self._scheduler.table.seq_id[rows]
+        for i in np.flatnonzero(self._planned[rows] != seq_ids).tolist():
+            self._admit(int(rows[i]), int(seq_ids[i]), now)
+
     def step(self, output: StepOutput, end: float, seconds: float) -> None:
         """Take in a committed step that ended at ``end``."""
         self._draw(output.rows, output.seq_ids, end)
         ends = np.array([end])
         self.series.add(ends, np.array([seconds]), self._during)
         self._count_tokens(ends, len(output.rows))
-        for ended in output.finished:
-            self._finish(ended, end)
+        self.end(output.finished, end)
+
+    def end(self, finished: list[FinishedSequence], now: float) -> None:
+        """Take in who has ended."""
+        for ended in finished:
+            self._finish(ended, now)
 
     def _admit(self, row: int, seq_id: int, now: float) -> None:
         self._planned[row] = seq_id
@@ -170,34 +186,47 @@ class Recorder:
 
     # Tokens and blocks, by the array
 
-    def leap(self, before: "Before", ends: Float64, seconds: Float64) -> None:
-        """Take in quiet steps: what the pool held before, [K] when each ended and how long."""
-        table, size = self._scheduler.table, self._manager.block_size
-        rows, steps = table.running, len(ends)
-        self._draw(rows, table.seq_id[rows], float(ends[0]))  # some may draw their first token
-        if steps > 1:
-            self.latency["itl"].add(np.diff(ends), len(rows))
-        self._last[rows] = ends[-1]
-        step = np.arange(1, steps + 1)
-        fresh = _blocks_taken(before.resident, size, steps)
+    def leap(self, leap: Leap, pool: "Pool", begin: float, ends: Float64, seconds: Float64) -> None:
+        """Take in an extended leap before it is committed.
+
+        Args:
+            pool: As it was during the first step.
+            begin: When that began.
+            ends: [K] When each step ended.
+            seconds: [K] How long each was.
+        """
+        rows = leap.decision.batch.rows
+        drawing = rows[leap.draws]
+        self.begin(rows, begin)
+        self._draw(drawing, self._scheduler.table.seq_id[drawing], float(ends[0]))
+        if leap.steps > 1:
+            self.latency["itl"].add(np.diff(ends), len(drawing))
+            self._last[drawing] = ends[-1]
+        self.series.add(ends, seconds, self._values(leap, pool))
+        self._count_tokens(ends, len(drawing))
+        self.tenants.step(rows, seconds, leap)
+
+    def _values(self, leap: Leap, pool: "Pool") -> Float64:
+        """Return what held during each step of a leap: [K, series]."""
+        first, more = int(leap.decision.batch.counts.sum()), int(leap.then.sum())
+        steps, groups = leap.steps, len(leap.resident)
+        assert leap.taken_at is not None
+        fresh = np.cumsum(np.bincount(leap.taken_at, minlength=steps))
+        repeat = np.arange(steps)
         values = np.empty((steps, len(SERIES)))
-        values[:, 0] = before.held + fresh
-        values[:, 1] = before.cached - np.maximum(0, fresh - before.blank)
-        values[:, 2] = values[:, 5] = len(rows)
+        values[:, 0] = pool.held + fresh
+        values[:, 1] = pool.cached - np.maximum(0, fresh - pool.blank)
+        values[:, 2] = len(leap.then)
         values[:, 3] = self._scheduler.num_waiting
-        waste = int((-before.resident % size).sum())
-        values[:, 4] = waste + fresh * size - step * before.resident.size
-        self.series.add(ends, seconds, values)
-        self._count_tokens(ends, len(rows))
-        self.tenants.step(rows, seconds, before.resident)
+        held = int((-(leap.resident + leap.decision.batch.counts) % self._manager.block_size).sum())
+        values[:, 4] = held + fresh * self._manager.block_size - repeat * (groups * more)
+        values[:, 5] = more
+        values[0, 5] = first
+        return values
 
     def planned(self, plan: StepPlan, begin: float, seconds: float) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
-        if self._scheduler.totals.num_preemptions != self._preemptions:
-            self._preemptions = self._scheduler.totals.num_preemptions
-            self._look_for_preempted(begin)
-        for i in np.flatnonzero(self._planned[plan.rows] != plan.seq_ids).tolist():
-            self._admit(int(plan.rows[i]), int(plan.seq_ids[i]), begin)
+        self.begin(plan.rows, begin)
         pool, size = self._manager.pool, self._manager.block_size
         waste = int((-plan.num_resident % size).sum())
         self.tenants.step(plan.rows, np.array([seconds]))
@@ -228,21 +257,15 @@ class Recorder:
             self.num_unwatched += 1
 
 
-class Before(Struct, frozen=True, eq=False):
-    """The pool before a leap: [G, B] tokens resident per row; blocks held, cached and blank."""
+class Pool(NamedTuple):
+    """How many blocks are held, cached and blank."""
 
-    resident: Int64
     held: int
     cached: int
     blank: int
 
-
-def _blocks_taken(resident: Int64, size: int, steps: int) -> Int64:
-    """Return how many blocks decoding rows have taken after each of the coming steps: [K]."""
-    first = (-resident % size).ravel() + 1  # the step that begins each row's next block
-    taken = np.zeros(steps + 1, np.int64)
-    for more in range(0, steps, size):
-        at = first + more
-        taken += np.bincount(at[at <= steps], minlength=steps + 1)
-    counts: Int64 = np.cumsum(taken[1:])
-    return counts
+    @classmethod
+    def of(cls, manager: BlockManager) -> "Pool":
+        """Count a manager's blocks."""
+        pool = manager.pool
+        return cls(pool.num_held, pool.num_cached, pool.num_available - pool.num_cached)

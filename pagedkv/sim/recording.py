@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.arrays import Float64, Int32
+from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import InvalidTransition
@@ -68,17 +69,16 @@ class Recording(CostExecutor):
             )
         return int(known[position])
 
-    def decode_seconds(self, resident: Int64, num_steps: int, step: int) -> Float64:
-        """Return how long the coming steps took: [K]."""
-        return self._times(step, num_steps)
+    def leap_seconds(self, leap: Leap) -> Float64:
+        """Return how long the steps took: [steps]."""
+        return self._times(leap.decision.step, leap.steps)
 
-    def decode_tokens(self, table: SequenceTable, num_steps: int) -> Int32:
-        """Return what running sequences drew in the coming steps: [K, B]."""
-        rows = table.running
+    def leap_tokens(self, table: SequenceTable, rows: Int32, num_steps: int) -> Int32:
+        """Return what rows drew in the coming steps: [K, S]."""
         position = (table.num_known[rows] - table.num_prompt[rows]).tolist()
         seeds = table.sampling["seed"][rows].tolist()
         drawn = [
             [self._token(seed, at + i) for i in range(num_steps)]
             for seed, at in zip(seeds, position, strict=True)
         ]
-        return np.array(drawn, np.int32).T
+        return np.array(drawn, np.int32).reshape(len(rows), num_steps).T

@@ -10,14 +10,13 @@ import numpy as np
 
 from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
 from pagedkv.core.engine import Engine
-from pagedkv.core.leap import leap, quiet_steps
-from pagedkv.core.plan import StepOutput
-from pagedkv.core.request import Request, SamplingParams
+from pagedkv.core.leap import commit_leap, extend_leap, schedule_leap
+from pagedkv.core.request import FinishedSequence, Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition, NeverFits
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.executor import CostExecutor
-from pagedkv.sim.recorder import Before, Recorder
+from pagedkv.sim.recorder import Pool, Recorder
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest, Workload
@@ -25,7 +24,6 @@ from pagedkv.sim.workload import SimRequest, Workload
 __all__ = ["ROUTES", "Cluster", "Replica"]
 
 _LONGEST_LEAP = 256
-_FEW = 2  # leaping over fewer steps costs as much as taking them
 
 
 class Replica:
@@ -109,44 +107,49 @@ class Replica:
         """
         ended: list[SimRequest] = []
         while not ended and self.clock < until and self.busy:
-            if not (self._leaps and self._leap(until)):
-                ended = self._step()
+            leaping = self._leap(until) if self._leaps else None
+            finished = self._step() if leaping is None else leaping
+            ended = [self._requests.pop(end.request_id) for end in finished]
         return ended
 
-    def _step(self) -> list[SimRequest]:
+    def _step(self) -> list[FinishedSequence]:
         plan, _, output = self.engine.step()
-        if not plan.num_tokens and not output.finished:
-            raise InvalidTransition(
-                "the scheduler has work and plans none of it", where=f"step {plan.step}"
-            )
+        self._check_progress(plan.num_tokens, output.finished)
         self.clock = self.executor.clock
         self.recorder.step(output, self.clock, self.executor.last if plan.num_tokens else 0.0)
-        return self._ended(output)
+        return output.finished
 
-    def _ended(self, output: StepOutput) -> list[SimRequest]:
-        return [self._requests.pop(end.request_id) for end in output.finished]
+    def _check_progress(self, num_tokens: int, finished: list[FinishedSequence]) -> None:
+        if not num_tokens and not finished:
+            raise InvalidTransition(
+                "the scheduler has work and plans none of it",
+                where=f"step {self.scheduler.totals.num_steps - 1}",
+            )
 
-    def _leap(self, until: float) -> bool:
-        """Take as many steps at once as surely are quiet before ``until``; False for none."""
+    def _leap(self, until: float) -> list[FinishedSequence] | None:
+        """Take steps as one until the clock reaches ``until``, or as long as they are alike; who
+        ended. None, and nothing happened, if that cannot be foreseen.
+        """
         scheduler = self.scheduler
-        steps = quiet_steps(scheduler, _LONGEST_LEAP)
-        if steps < _FEW:
-            return False
-        table, pool = scheduler.table, scheduler.manager.pool
-        resident = table.num_resident[:, table.running].astype(np.int64)
-        seconds = self.executor.decode_seconds(resident, steps, scheduler.totals.num_steps)
-        ends = np.cumsum(np.concatenate([[self.clock], seconds]))[1:]
-        steps = min(steps, int(np.searchsorted(ends, until)) + 1)
-        if steps < _FEW:
-            return False
-        blank = pool.num_available - pool.num_cached
-        before = Before(resident, pool.num_held, pool.num_cached, blank)
-        if not leap(scheduler, self.executor.decode_tokens(table, steps)):
-            return False
-        self.executor.clock = self.clock = float(ends[steps - 1])
-        self.recorder.leap(before, ends[:steps], seconds[:steps])
-        self.num_leaps += 1
-        return True
+        leap = schedule_leap(scheduler, _LONGEST_LEAP)
+        if leap is None:
+            return None
+        rows = leap.decision.batch.rows
+        seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
+        ends = np.cumsum(np.append(self.clock, seconds))[1:]
+        steps = min(leap.steps, int(np.searchsorted(ends, until)) + 1)
+        tokens = self.executor.leap_tokens(scheduler.table, rows[leap.draws], steps)
+        pool = Pool.of(scheduler.manager)
+        leap = extend_leap(scheduler, leap, tokens)
+        steps = leap.steps
+        self.recorder.leap(leap, pool, self.clock, ends[:steps], seconds[:steps])
+        finished = commit_leap(scheduler, leap)
+        self._check_progress(len(rows), finished)
+        self.executor.land(leap, float(ends[steps - 1]))
+        self.clock = self.executor.clock
+        self.recorder.end(finished, self.clock)
+        self.num_leaps += steps > 1
+        return finished
 
 
 def _round_robin(replicas: list[Replica], number: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.leap import Leap
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import FinishedSequence
 from pagedkv.sim.sketch import Distribution
@@ -66,12 +67,12 @@ class Tenants:
                 self._owner[:] = 0
         self._of_row[row] = self._number[tenant]
 
-    def step(self, rows: Int32, seconds: Float64, resident: Int64 | None = None) -> None:
+    def step(self, rows: Int32, seconds: Float64, leap: Leap | None = None) -> None:
         """Count what rows hold while a step, or a leap, runs; call it before ends free theirs.
 
         Args:
             seconds: [K] How long each of the steps took.
-            resident: [G, B] Tokens resident before a leap.
+            leap: If they are the steps of one.
         """
         lost, self._lost[:] = list(self._lost), []
         if len(self._number) < 2:
@@ -81,13 +82,14 @@ class Tenants:
         held = table.num_blocks[:, rows]
         most = np.bincount(mine, held.sum(axis=0), len(self._number)).tolist()
         spent = most
-        if resident is not None:  # blocks were taken on the way
-            step = np.arange(1, len(seconds) + 1)[:, None, None]
-            blocks_then = -(-(resident + step) // table.block_size)
+        if leap is not None:  # blocks were taken on the way
+            repeats = np.arange(len(seconds))[:, None, None] * leap.then
+            resident = leap.resident + leap.decision.batch.counts + repeats
+            blocks_then = -(-resident // table.block_size)
             weighed = np.tensordot(seconds, blocks_then.sum(axis=1), 1)
             spent = np.bincount(mine, weighed, len(self._number)).tolist()
         for account, peak, area in zip(self._accounts.values(), most, spent, strict=True):
-            account.block_seconds += area * (float(seconds[0]) if resident is None else 1.0)
+            account.block_seconds += area * (float(seconds[0]) if leap is None else 1.0)
             account.most_blocks = max(account.most_blocks, int(peak))
         width = int(held.max(initial=0))
         used = np.arange(width) < held[:, :, None]

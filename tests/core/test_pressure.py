@@ -124,6 +124,22 @@ def swapped_driver():
     return driver
 
 
+def test_one_swapped_amid_its_prompt_waits_for_all_the_blocks_that_it_needs():
+    config = make_config(4, 6, prefix_caching=False, max_num_batched_tokens=4)
+    driver = Driver(with_host(config, 40))
+    (seq_id,) = driver.add(make_request("r0", [0] * 20, max_tokens=2))
+    driver.step()
+    scheduler = driver.scheduler
+    seq, hits = scheduler.sequence(seq_id), np.zeros((0, 1), np.int32)
+    scheduler._roster.preempt(seq, swap=True)
+    ids = scheduler.manager.allocate(2)  # leaves 4 blocks for the 5 of the prompt
+    assert not scheduler.admission.can_admit(seq, hits)
+    scheduler.manager.pool.release(ids, np.zeros(2, np.bool_))
+    assert scheduler.admission.can_admit(seq, hits)
+    driver.run()
+    check(driver)
+
+
 def test_an_abort_of_a_swapped_request_frees_its_host_blocks():
     driver = swapped_driver()
     held = driver.scheduler.stats().host_blocks_held

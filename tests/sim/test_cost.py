@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from pagedkv import ConfigError
+from pagedkv.core.batch import Batch
+from pagedkv.core.leap import Leap
+from pagedkv.core.planner import Decision
+from pagedkv.core.table import SequenceTable
 from pagedkv.sim.calibration import fit, stacked
-from pagedkv.sim.cost import StepWork, decode_work
+from pagedkv.sim.cost import StepWork, leap_work
 from pagedkv.sim.presets import COSTS, cost_preset
 
 TABLE = Path(__file__).parent / "data/step_times.csv"
@@ -60,14 +64,33 @@ def test_swapping_takes_its_bytes_over_the_host_link():
     assert extra == pytest.approx(1000 * 131_072 / 32e9)
 
 
-def test_decode_work_of_many_steps_is_each_steps_own():
-    resident = np.array([[5, 17, 100]])
-    many = decode_work(resident, 4)
+def test_the_work_of_a_leap_is_each_step_s_own():
+    """Two rows decode, a prompt of 100 tokens goes on with 20 and then 8 at a time."""
+    nothing, counts = np.zeros((0, 2), np.int64), np.array([1, 1, 20], np.int32)
+    decision = Decision(
+        step=7,
+        batch=Batch(SequenceTable(3, 16), np.arange(3, dtype=np.int32), counts),
+        moves=nothing,
+        swaps=(nothing, np.ones((3, 2), np.int32)),
+        copies=nothing,
+    )
+    leap = Leap(
+        decision=decision,
+        then=np.array([1, 1, 8], np.int32),
+        draws=np.array([True, True, False]),
+        resident=np.array([[5, 17, 100]], np.int32),
+        steps=4,
+    )
+    many = leap_work(leap, 16)
+    resident = [5, 17, 100]
     for step in range(4):
-        context = int(resident.sum()) + 3 * (step + 1)
-        assert many.context_tokens[step] == context
-        assert many.attention_pairs[step] == sum(r + step + 0.5 for r in resident[0])
-        assert many.num_tokens[step] == 3
+        counts = [1, 1, 20 if step == 0 else 8]
+        pairs = sum(c * r + c * c / 2 for c, r in zip(counts, resident, strict=True))
+        resident = [r + c for r, c in zip(resident, counts, strict=True)]
+        assert many.num_tokens[step] == sum(counts)
+        assert many.context_tokens[step] == sum(resident)
+        assert many.attention_pairs[step] == pairs
+        assert many.swapped_tokens[step] == (48 if step == 0 else 0)
 
 
 def test_a_fit_finds_the_numbers_that_made_the_times():

@@ -86,29 +86,80 @@ def make_workload(kind, seed, rate):
     return random_requests(num_prompts=40, rate=rate, seed=seed, **lengths)
 
 
-@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+def pools(schedulers):
+    """Who would be given which block next, and what can be found where."""
+    found = []
+    for scheduler in schedulers:
+        scheduler.audit()
+        pool, index = scheduler.manager.pool, scheduler.manager.index
+        cached = [(block, index.digest_of(block)) for block in pool.cached.all().tolist()]
+        found.append((pool._blank[: pool.num_available - pool.num_cached].tolist(), cached))
+    return found
+
+
+def both_ways(setup, asked, **options):
+    """Simulate with leaps and without; return what differs if leaps change anything."""
+    found = []
+    for leap in (False, True):
+        schedulers = []
+        ran = pagedkv.simulate(setup, asked, leap=leap, prepare=schedulers.append, **options)
+        found.append((*outcome(ran), pools(schedulers), ran.summary["num_leaps"]))
+    return found
+
+
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
 @given(
     kind=st.sampled_from(["random", "tenants", "sessions"]),
     seed=st.integers(0, 1000),
     rate=st.sampled_from([1.0, 5.0, 40.0, math.inf]),
     num_blocks=st.sampled_from([60, 90, 150, 2000]),
     reclaim=st.sampled_from(["lru", "fifo", "lfu", "slru"]),
-    max_num_seqs=st.sampled_from([2, 8]),
     replicas=st.sampled_from([1, 1, 2]),
     max_concurrency=st.sampled_from([None, None, 3]),
+    num_cpu_blocks=st.sampled_from([0, 40]),
+    granularity=st.sampled_from(["sequence", "sequence", "layer"]),
+    scheduler=st.fixed_dictionaries(
+        {
+            "max_num_seqs": st.sampled_from([2, 8]),
+            "max_num_batched_tokens": st.sampled_from([8, 20, 64]),
+            "scheduling_policy": st.sampled_from(["fcfs", "fcfs", "priority", "lpm", "fair"]),
+            "admission": st.sampled_from(["greedy", "optimistic", "guaranteed"]),
+            "long_prefill_token_threshold": st.sampled_from([0, 0, 7]),
+            "max_skips": st.sampled_from([0, 0, 2]),
+            "watermark": st.sampled_from([0.0, 0.1]),
+        }
+    ),
 )
 def test_leaps_change_nothing(
-    kind, seed, rate, num_blocks, reclaim, max_num_seqs, replicas, max_concurrency
+    kind,
+    seed,
+    rate,
+    num_blocks,
+    reclaim,
+    replicas,
+    max_concurrency,
+    num_cpu_blocks,
+    granularity,
+    scheduler,
 ):
-    setup = config(num_blocks, reclaim=reclaim, max_num_seqs=max_num_seqs)
-    options = {"replicas": replicas, "max_concurrency": max_concurrency}
-    slow = pagedkv.simulate(setup, make_workload(kind, seed, rate), leap=False, **options)
-    fast = pagedkv.simulate(setup, make_workload(kind, seed, rate), leap=True, **options)
-    assert slow.summary["num_leaps"] == 0
-    slow_exact, slow_close, slow_counts = outcome(slow)
-    fast_exact, fast_close, fast_counts = outcome(fast)
+    setup = config(num_blocks, reclaim=reclaim, **scheduler)
+    cache = msgspec.structs.replace(
+        setup.cache, num_cpu_blocks=num_cpu_blocks, granularity=granularity
+    )
+    model = msgspec.structs.replace(setup.model, num_layers=2)
+    setup = msgspec.structs.replace(setup, cache=cache, model=model)
+    slow, fast = both_ways(
+        setup,
+        make_workload(kind, seed, rate),
+        replicas=replicas,
+        max_concurrency=max_concurrency,
+    )
+    assert slow[-1] == 0
+    slow_exact, slow_close, slow_counts, slow_pools, _ = slow
+    fast_exact, fast_close, fast_counts, fast_pools, _ = fast
     assert fast_exact == slow_exact
     assert fast_counts == slow_counts
+    assert fast_pools == slow_pools
     assert fast_close == pytest.approx(slow_close)
 
 
@@ -116,22 +167,6 @@ def test_leaps_are_taken():
     found = pagedkv.simulate(config(), listed(request(0, 10, 200, 0), request(0, 10, 200, 1)))
     assert found.summary["num_leaps"] > 0
     assert found.summary["num_steps"] == 200
-
-
-def test_the_pool_after_leaps_holds_what_it_holds_after_steps():
-    states = []
-    for leap in (False, True):
-        replica = Replica(config(90), COST, leap=leap)
-        for number, each in enumerate(make_workload("random", 3, 20.0)):
-            replica.add(each, str(number))
-        replica.advance(math.inf)
-        while replica.busy:
-            replica.advance(math.inf)
-        replica.scheduler.audit()
-        index = replica.scheduler.manager.index
-        order = replica.scheduler.manager.pool.cached.all().tolist()
-        states.append([(block, index.digest_of(block)) for block in order])
-    assert states[0] == states[1]
 
 
 def test_everything_asked_is_served_or_counted():
