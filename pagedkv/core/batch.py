@@ -24,7 +24,7 @@ class Batch:
     Attributes:
         rows: [B] Rows, each at most once.
         counts: [B] Tokens that each computes.
-        at: ``rows``, or the slice that they are.
+        at: ``rows`` as they index fastest.
         num_tokens: T, the sum of ``counts``.
     """
 
@@ -55,6 +55,15 @@ class Batch:
         Whoever starts or ends puts another array in the place of ``table.running``.
         """
         return self._running is self.table.running
+
+    def over(self, counts: Int32) -> "Batch":
+        """Return the same rows with other counts; what was gathered of them is kept."""
+        made = Batch.__new__(Batch)
+        made.table, made.rows, made.at, made._running = self.table, self.rows, self.at, None
+        made.counts, made.num_tokens = counts, int(counts.sum())
+        facts = vars(self).keys() & {"seq_ids", "tenants", "by_token", "forked"}
+        vars(made).update({name: vars(self)[name] for name in facts})
+        return made
 
     def where(self, chosen: Bool) -> "Batch":
         """Return the batch of the chosen rows: [B]; itself if they are all."""
@@ -104,10 +113,20 @@ class Batch:
         """[B] Their tenants."""
         return self.table.tenant[self.rows]
 
+    @property
+    def first_time(self) -> Int32:
+        """[B] How many of the tokens were never computed before."""
+        scored = self.table.num_scored[self.at]
+        if not scored.any():
+            return self.counts
+        computed = self.table.num_computed[self.at]
+        counts: Int32 = np.maximum(computed + self.counts - np.maximum(computed, scored), 0)
+        return counts
+
     @cached_property
     def policies(self) -> list[tuple[int, Int32]]:
         """Each eviction policy among the rows, by number, and the indices of its rows."""
-        ids = self.table.policy_id[self.rows]
+        ids = self.table.policy_id[self.at]
         return [
             (each, np.flatnonzero(ids == each).astype(np.int32))
             for each in np.unique(ids[ids >= 0]).tolist()
@@ -122,12 +141,12 @@ class Batch:
     @cached_property
     def by_token(self) -> Int64:
         """The indices of rows whose policy evicts single tokens."""
-        return np.flatnonzero(self.table.by_token[self.rows])
+        return np.flatnonzero(self.table.by_token[self.at])
 
     @cached_property
     def forked(self) -> bool:
         """Whether any may share a block that is not full. A fork starts rows."""
-        return bool(self.table.forked[self.rows].any())
+        return bool(self.table.forked[self.at].any())
 
     @cached_property
     def prompt_logprobs(self) -> Int32 | None:

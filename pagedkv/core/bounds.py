@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 
+from pagedkv.config import ModelConfig
 from pagedkv.core.request import UNBOUNDED, Request
 from pagedkv.eviction import Policy, lookback
 
@@ -34,7 +35,7 @@ def usable_prefix(policy: Policy, block_size: int) -> int:
     return max(0, least - looks_back)
 
 
-def foreseeable(request: Request, policy: Policy, eos_token_ids: tuple[int, ...]) -> bool:
+def foreseeable(request: Request, policy: Policy, model: ModelConfig) -> bool:
     """Return whether a request surely ends by its length, whatever is drawn, and forgets nothing.
 
     So does one of a single sequence that no token and no text can stop, and of which nothing but
@@ -43,7 +44,7 @@ def foreseeable(request: Request, policy: Policy, eos_token_ids: tuple[int, ...]
     sampling = request.sampling
     stops = sampling.stop_token_ids or sampling.stop
     return (
-        (sampling.ignore_eos or not eos_token_ids)
+        (sampling.ignore_eos or not model.eos_token_ids)
         and not (stops or policy.evicts or sampling.width > 1)
         and sampling.logprobs is None
         and sampling.prompt_logprobs is None

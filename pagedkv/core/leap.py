@@ -14,17 +14,16 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from pagedkv.core.arrays import Bool, Int32, Int64
-from pagedkv.core.batch import Batch
+from pagedkv.core.arrays import Int32, Int64
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.planner import Decision
-from pagedkv.core.prefix import extend_chain
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
 
 __all__ = ["Leap", "commit_leap", "extend_leap", "schedule_leap"]
 
 FAR = 2**30
+NEVER: Int32 = np.empty(0, np.int32)
 
 
 class Leap(Struct, frozen=True, kw_only=True, eq=False):
@@ -33,8 +32,9 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
     Attributes:
         decision: Of the first step.
         then: [B] How many tokens each row computes in every step after it.
-        draws: [B] Whether a row draws a token in each step; the others' prompts go on after it.
+        drawing: [S] The rows that draw a token in each step; the others' prompts go on after it.
         resident: [groups, B] Tokens resident before the first step.
+        room: The step, counted from 1, with which the first of them ends.
         steps: The most steps, or those to commit; 1 at least.
         taken_at: [N] Of each block taken after the first step, the step, counted from 0; known
             once the leap is extended.
@@ -42,10 +42,11 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
 
     decision: Decision
     then: Int32
-    draws: Bool
+    drawing: Int64
     resident: Int32
+    room: int
     steps: int
-    taken_at: Int64 | None = None
+    taken_at: Int32 | None = None
 
     def counts(self, steps: int) -> Int32:
         """Return how many tokens each row computes in the first so many steps: [B]."""
@@ -77,17 +78,23 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
     ):
         return None
     decision = scheduler._outstanding = scheduler._decide()
-    rows, first = decision.batch.rows, decision.batch.counts
-    left = table.num_known[rows] - table.num_computed[rows] - first
+    batch = decision.batch
+    rows, first = batch.rows.astype(np.intp), batch.counts
+    known = table.num_known[rows]
+    left = known - table.num_computed[rows] - first
+    then, drawing = np.ones(len(rows), np.int32), rows
+    if left.any():
+        drawing, known = rows[left == 0], known[left == 0]
+    room = int((table.limit[drawing] - known).min(initial=FAR))
     resident = table.num_resident[:, rows]
-    draws = left == 0
-    then = np.ones(len(rows), np.int32)
-    steps = min(most, _repeats(scheduler, decision, left))
+    steps = min(most, room, _repeats(scheduler, decision, left))
     if steps > 1:
         if left[-1]:
             then[-1] = _chunk(scheduler, len(rows))
         steps = 1 + _growth_steps(manager, rows, resident + first, then, steps - 1)
-    return Leap(decision=decision, then=then, draws=draws, resident=resident, steps=steps)
+    return Leap(
+        decision=decision, then=then, drawing=drawing, resident=resident, room=room, steps=steps
+    )
 
 
 def _repeats(scheduler: Scheduler, decision: Decision, left: Int32) -> int:
@@ -96,24 +103,20 @@ def _repeats(scheduler: Scheduler, decision: Decision, left: Int32) -> int:
     Args:
         left: [B] Known tokens that each row leaves to later steps.
     """
-    roster, table, limits = scheduler._roster, scheduler.table, scheduler.config.scheduler
-    rows = decision.batch.rows
-    if not len(rows) or len(rows) < len(table.running) or roster.finished:
+    roster, limits = scheduler._roster, scheduler.config.scheduler
+    batch = len(left)
+    if not batch or batch < len(scheduler.table.running) or roster.finished:
         return 1
-    drawing = rows
     if left.any():
         # A prompt that takes all the budget keeps everybody out, until its last tokens.
-        chunk = _chunk(scheduler, len(rows))
+        chunk = _chunk(scheduler, batch)
         waits = roster.waiting and limits.scheduling_policy == "priority"
         if left[:-1].any() or limits.long_prefill_token_threshold or waits or chunk < 1:
             return 1
-        drawing, steps = rows[:-1], 1 + (int(left[-1]) - 1) // chunk
-    elif len(rows) > limits.max_num_batched_tokens:
+        return 1 + (int(left[-1]) - 1) // chunk
+    if batch > limits.max_num_batched_tokens:
         return 1
-    else:
-        steps = _until_admission(scheduler, decision) if roster.waiting else FAR
-    room = table.limit[drawing] - table.num_known[drawing]
-    return min(steps, int(room.min(initial=FAR)))
+    return _until_admission(scheduler, decision) if roster.waiting else FAR
 
 
 def _chunk(scheduler: Scheduler, batch: int) -> int:
@@ -143,7 +146,7 @@ def _until_admission(scheduler: Scheduler, decision: Decision) -> int:
 
 
 def _growth_steps(
-    manager: BlockManager, rows: Int32, resident: Int32, then: Int32, most: int
+    manager: BlockManager, rows: Int64, resident: Int32, then: Int32, most: int
 ) -> int:
     """Return for how many steps, at most ``most``, rows can grow by blanks and, with one group, by
     cached blocks alone.
@@ -152,11 +155,12 @@ def _growth_steps(
         resident: [groups, B] Tokens resident before them.
         then: [B] Tokens that each row gains per step.
     """
-    size, held = manager.block_size, manager.table.num_blocks[:, rows]
+    size, groups = manager.block_size, manager.num_groups
     # Reclaiming one group's block blanks its siblings, so then the order of steps matters.
-    room = manager.pool.num_available - (manager.pool.num_cached if manager.num_groups > 1 else 0)
-    if held.size + int(then.sum()) * most * len(held) // size <= room:
+    room = manager.pool.num_available - (manager.pool.num_cached if groups > 1 else 0)
+    if (len(rows) + int(then.sum()) * most // size) * groups <= room:
         return most
+    held = manager.table.num_blocks[:, rows]
 
     def fits(steps: int) -> bool:
         return int((-(-(resident + steps * then) // size) - held).sum()) <= room
@@ -177,15 +181,13 @@ def extend_leap(scheduler: Scheduler, leap: Leap, token_ids: Int32) -> Leap:
         order, because a block is about to be sealed whose content is cached elsewhere.
     """
     manager, table, steps = scheduler.manager, scheduler.table, len(token_ids)
-    rows, first = leap.decision.batch.rows, leap.decision.batch.counts
-    drawing = rows[leap.draws]
-    known = table.num_known[drawing]
+    known = table.num_known[leap.drawing]
     table.reserve_tokens(int(known.max(initial=0)) + steps)
-    table.token_ids[drawing[:, None], known[:, None] + np.arange(steps)] = token_ids.T
-    if steps > 1 and manager.enable_prefix_caching and _collide(manager, rows, leap.counts(steps)):
+    at = leap.drawing * table.token_ids.shape[1] + known
+    table.token_ids.reshape(-1)[at + np.arange(steps)[:, None]] = token_ids
+    if steps > 1 and manager.enable_prefix_caching and _collide(manager, leap, steps):
         steps = 1
-    taken_at = _grow(manager, rows, leap.resident + first, leap.then, steps - 1)
-    return msgspec.structs.replace(leap, steps=steps, taken_at=taken_at)
+    return msgspec.structs.replace(leap, steps=steps, taken_at=_grow(manager, leap, steps - 1))
 
 
 def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
@@ -197,63 +199,68 @@ def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
     table, roster, steps = scheduler.table, scheduler._roster, leap.steps
     scheduler._outstanding = None
     scheduler.tier.commit()
-    batch = Batch(table, leap.decision.batch.rows, leap.counts(steps))
-    drawing = batch.rows[leap.draws]
-    scheduler._charge(batch)
+    batch = leap.decision.batch
+    if steps > 1:
+        batch = batch.over(leap.counts(steps))
+    scheduler.tenants.charge(batch.tenants, batch.first_time)
     scheduler.manager.advance(batch)
-    table.num_known[drawing] += steps
-    scheduler.tenants.charge(table.tenant[drawing], np.full(len(drawing), steps, np.int32))
+    drawn = np.full(len(leap.drawing), steps, np.int32)
+    table.num_known[leap.drawing] += drawn
+    scheduler.tenants.charge(table.tenant[leap.drawing], drawn)
     if scheduler.config.scheduler.admission == "optimistic":
         for _ in range(steps - 1):
             scheduler.admission.step()
     scheduler.totals.num_steps += steps - 1
-    scheduler.totals.generation_tokens += steps * len(drawing)
-    full = table.num_known[drawing] >= table.limit[drawing]
-    last = table.token_ids[drawing, table.num_known[drawing] - 1]
-    scheduler._finish_ended(drawing, last, np.zeros_like(full), full)
+    scheduler.totals.generation_tokens += steps * len(drawn)
+    if steps == leap.room:
+        known = table.num_known[leap.drawing]
+        full, last = known >= table.limit[leap.drawing], table.token_ids[leap.drawing, known - 1]
+        scheduler._finish_ended(leap.drawing, last, np.zeros_like(full), full)
     finished, roster.finished = roster.finished, []
     if scheduler._audits:
         scheduler.audit()
     return finished
 
 
-def _collide(manager: BlockManager, rows: Int32, counts: Int32) -> bool:
-    """Return whether the next tokens of rows, which are written already, seal a block that is
+def _collide(manager: BlockManager, leap: Leap, steps: int) -> bool:
+    """Return whether the tokens of so many steps, which are written already, seal a block that is
     findable, or two alike. Hash chains grow by what is looked at.
     """
-    table, size = manager.table, manager.block_size
-    before = table.num_computed[rows]
-    first, full = before // size, (before + counts) // size
-    new: list[bytes] = []
-    for i in (first != full).nonzero()[0].tolist():
-        seq = table.sequences[int(rows[i])]
-        assert seq is not None
-        tokens, salt = table.token_ids[rows[i]], seq.request.cache_salt
-        extend_chain(seq.hashes, tokens, int(full[i]), size, salt)
-        new += seq.hashes[int(first[i]) : int(full[i])]
+    batch, size = leap.decision.batch, manager.block_size
+    before = manager.table.num_computed[batch.at]
+    first, full = before // size, (before + leap.counts(steps)) // size
+    sealing = (first != full).nonzero()[0]
+    if not len(sealing):
+        return False
+    new = manager.publisher.digests(batch.rows[sealing], first[sealing], full[sealing])
     return len(set(new)) < len(new) or manager.index.knows_any(new)
 
 
-def _grow(manager: BlockManager, rows: Int32, resident: Int32, then: Int32, steps: int) -> Int64:
-    """Give each row the very blocks that as many steps of ``then`` tokens would have given it.
+def _grow(manager: BlockManager, leap: Leap, steps: int) -> Int32:
+    """Give each row the very blocks that as many steps after the first would have given it.
 
     Returns:
-        [N] Of each block, which of the steps took it, counted from 1; ascending.
+        [N] Of each block, which of those steps took it, counted from 1; ascending.
     """
     if not steps:
-        return np.zeros(0, np.int64)
-    table, size = manager.table, manager.block_size
-    held = table.num_blocks[:, rows]
-    fresh = -(-(resident + steps * then) // size) - held
-    flat = fresh.ravel()
-    start = np.cumsum(flat) - flat
-    ordinal = np.arange(int(flat.sum())) - np.repeat(start, flat)
+        return NEVER
+    batch, size = leap.decision.batch, manager.block_size
+    resident, held = leap.resident + batch.counts, manager.table.num_blocks[:, batch.at]
+    fresh = -(-(resident + steps * leap.then) // size) - held
+    many = fresh.ravel()
+    grows = many.nonzero()[0]
+    if not len(grows):
+        return NEVER
+    many, then = many[grows], leap.then[grows % len(leap.then)]
+    space: Int32 = (held * size - resident).ravel()[grows]
+    if len(grows) < many.sum():
+        begin = np.repeat(np.cumsum(many) - many, many)
+        ordinal = (np.arange(len(begin)) - begin).astype(np.int32)
+        space, then = np.repeat(space, many) + ordinal * size, np.repeat(then, many)
     # The step that writes past a row's blocks takes the next one.
-    room = np.repeat((held * size - resident).ravel(), flat) + ordinal * size
-    taken_at: Int64 = room // np.repeat(np.tile(then, len(held)), flat) + 1
+    taken_at = space // then + 1
     order = np.argsort(taken_at, kind="stable")
     ids = np.empty(len(order), np.int32)
     ids[order] = manager.allocate(len(order))
-    table.append_blocks(rows, fresh, ids)
-    taken_at = taken_at[order]
-    return taken_at
+    manager.table.append_blocks(batch.rows, fresh, ids)
+    return taken_at[order]

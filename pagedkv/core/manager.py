@@ -46,7 +46,7 @@ class BlockManager:
         self._moves: list[Int64] = []
         # Is told which cached blocks were just given to somebody else.
         self.on_reclaim: Callable[[Int32], object] | None = None
-        self._publisher = Publisher(
+        self.publisher = Publisher(
             self.pool, self.table, self.index, records=config.enable_kv_cache_events
         )
 
@@ -180,7 +180,7 @@ class BlockManager:
         reclaimed = self.pool.num_reclaimed
         ids = self.pool.allocate(count)
         if reclaimed != self.pool.num_reclaimed:  # blank ones cannot be found
-            withdrawn = self._publisher.withdraw(ids)
+            withdrawn = self.publisher.withdraw(ids)
             if self.on_reclaim is not None:
                 self.on_reclaim(withdrawn)
         return ids
@@ -200,7 +200,7 @@ class BlockManager:
         if self.enable_prefix_caching:
             sealed = (first != end).nonzero()[0]
             if len(sealed):
-                self._publisher.seal(batch.rows[sealed], first[sealed], end[sealed])
+                self.publisher.seal(batch.rows[sealed], first[sealed], end[sealed])
 
     def fork(self, row: int, children: Int32) -> None:
         """Give rows without blocks the same blocks and progress as ``row``, shared."""
@@ -311,21 +311,21 @@ class BlockManager:
 
     def disown(self, row: int) -> None:
         """Make the blocks that a row holds unfindable: their content is not to be trusted."""
-        self._publisher.withdraw(self.table.blocks_of(row))
+        self.publisher.withdraw(self.table.blocks_of(row))
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; blocks that sequences hold stay theirs, and unfindable."""
         self.table.publishes[:] = False
-        self._publisher.clear()
+        self.publisher.clear()
 
     def take_events(self) -> list[KVEvent]:
         """Return the events since the last call, oldest first."""
-        return self._publisher.take_events()
+        return self.publisher.take_events()
 
     @property
     def records_events(self) -> bool:
         """Whether events are kept."""
-        return self._publisher.records
+        return self.publisher.records
 
     def audit(self) -> None:
         """Check pool, table and index, and recount every reference from the tables."""

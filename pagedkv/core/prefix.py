@@ -141,13 +141,15 @@ class PrefixIndex:
         return fresh
 
     def remove(self, ids: Int32) -> tuple[list[bytes], Int32]:
-        """Make unfindable every entry that has one of the blocks ``ids``.
+        """Make unfindable every entry that has one of the blocks ``ids``, each named once.
 
         Returns:
             The hashes removed, and the blocks of those entries: [N] ids, those in ``ids`` included.
         """
-        entries = np.unique(self.entry_of[ids])
+        entries = self.entry_of[ids]
         entries = entries[entries >= 0]
+        if self.num_groups > 1:  # several blocks lead to one entry
+            entries = np.unique(entries)
         gone: list[bytes] = self._hashes[entries].tolist()
         for digest in gone:
             del self._entries[digest]

@@ -45,7 +45,7 @@ class Publisher:
             row = np.repeat(rows, counts)
             begin = np.repeat(np.cumsum(counts) - counts, counts)
             block = np.repeat(first, counts) + (np.arange(len(row)) - begin).astype(np.int32)
-        digests = self._digests(rows, row, block, counts)
+        digests = self.digests(rows, first, first + counts)
         # Blocks that left a sliding window without loss moved the later ones forward.
         gone = (table.num_computed[row] - table.num_resident[:, row]) // size
         groups = np.arange(table.num_groups)[:, None]
@@ -55,30 +55,27 @@ class Publisher:
         if self.records:
             self._record(rows, first, counts, fresh)
 
-    def _digests(self, rows: Int32, row: Int32, block: Int32, counts: Int32) -> list[bytes]:
-        """Return the hashes of full blocks, [P] rows and blocks, ``counts`` after each other of
-        each of ``rows``; their sequences' chains are lengthened by them.
+    def digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
+        """Return the hashes of the blocks ``first`` to ``end`` of each row, whose tokens are known.
+
+        Their sequences' chains are lengthened by those that they lack.
         """
         table, size = self._table, self._size
-        # What can be gathered is, at once.
-        slots = block[:, None] * size + np.arange(size)
-        content = table.token_ids[row[:, None], slots].tobytes()
-        stride, at = size * table.token_ids.itemsize, 0
-        digests: list[bytes] = []
-        firsts = block[np.cumsum(counts) - counts].tolist()
-        for of, begin, count in zip(rows.tolist(), firsts, counts.tolist(), strict=True):
-            seq = table.sequences[of]
+        # What decoding fills can be gathered at once, a block per row.
+        content = table.token_ids[rows[:, None], first[:, None] * size + np.arange(size)].tobytes()
+        stride = size * table.token_ids.itemsize
+        found: list[bytes] = []
+        spans = zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)
+        for i, (row, begin, stop) in enumerate(spans):
+            seq = table.sequences[row]
             assert seq is not None
             hashes = seq.hashes
-            if not hashes or len(hashes) < begin:
-                salt = seq.request.cache_salt
-                extend_chain(hashes, table.token_ids[of], begin + 1, size, salt)
-            for i in range(len(hashes) - begin, count):
-                place = at + i * stride
-                hashes.append(block_digest(hashes[-1], content[place : place + stride]))
-            at += count * stride
-            digests += hashes[begin : begin + count]
-        return digests
+            if begin and len(hashes) == begin == stop - 1:
+                hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
+            elif len(hashes) < stop:
+                extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
+            found += hashes[begin:stop]
+        return found
 
     def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: list[int]) -> None:
         ends = np.cumsum(counts).tolist()

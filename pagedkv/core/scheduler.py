@@ -5,7 +5,7 @@ import numpy as np
 
 from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
 from pagedkv.core.bounds import foreseeable, most_blocks, usable_prefix
 from pagedkv.core.groups import group_layout
@@ -115,8 +115,7 @@ class Scheduler:
             if request.sampling.prompt_logprobs is not None:
                 seq.max_prefix = 0  # a token that is not computed has no log-probability
         self._next_seq_id += len(group)
-        eos = self.config.model.eos_token_ids
-        self._roster.enlist(group, foreseeable=foreseeable(request, policy, eos))
+        self._roster.enlist(group, foreseeable=foreseeable(request, policy, self.config.model))
         return [seq.seq_id for seq in group]
 
     def abort(self, request_id: str) -> list[FinishedSequence]:
@@ -258,7 +257,7 @@ class Scheduler:
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
         live = self._batch.where(alive)
-        self._charge(live)
+        self.tenants.charge(live.tenants, live.first_time)
         broken = alive & not_finite(plan, result)
         self.retention.observe(plan, result, alive & ~broken)
         self.manager.advance(live)
@@ -282,12 +281,6 @@ class Scheduler:
         return StepOutput(
             rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
         )
-
-    def _charge(self, batch: Batch) -> None:
-        """Count computed tokens to their tenants; those computed again are nobody's fault."""
-        computed = self.table.num_computed[batch.at]
-        first = np.maximum(computed, self.table.num_scored[batch.at])
-        self.tenants.charge(batch.tenants, np.maximum(computed + batch.counts - first, 0))
 
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.
@@ -332,7 +325,9 @@ class Scheduler:
             self.manager.disown(row)  # whoever begins alike computes its own
             self._roster.finished += self._roster.end(seq, "error", error=error)
 
-    def _finish_ended(self, rows: Int32, token_ids: Int32, stopped: Bool, full: Bool) -> None:
+    def _finish_ended(
+        self, rows: Int32 | Int64, token_ids: Int32, stopped: Bool, full: Bool
+    ) -> None:
         for i in (stopped | full).nonzero()[0].tolist():
             seq = self.table.sequences[int(rows[i])]
             assert seq is not None

@@ -220,13 +220,21 @@ class SequenceTable:
     def reserve_tokens(self, width: int) -> None:
         """Make ``token_ids`` at least ``width`` wide."""
         if width > self.token_ids.shape[1]:
-            self.token_ids = _widened(self.token_ids, max(width, 2 * self.token_ids.shape[1]))
+            self.token_ids = self._widened(self.token_ids, max(width, 2 * self.token_ids.shape[1]))
 
     def reserve_blocks(self, width: int) -> None:
         """Make ``block_table`` and what stands beside it at least ``width`` wide."""
         if width > self.block_table.shape[-1]:
             for name in ENTRY_COLUMNS:
-                setattr(self, name, _widened(getattr(self, name), plan_width(width)))
+                setattr(self, name, self._widened(getattr(self, name), plan_width(width)))
+
+    def _widened(self, array: Int32, width: int) -> Int32:
+        """Return a column [..., rows, width] as much wider as asked; free rows lose theirs."""
+        taken = (self.seq_id != FREE).nonzero()[0]
+        # Fresh zeros cost no memory until they are written.
+        wider = np.zeros((*array.shape[:-1], width), array.dtype)
+        wider[..., taken, : array.shape[-1]] = array[..., taken, :]
+        return wider
 
     def append_blocks(self, rows: Int32, counts: Int32, ids: Int32) -> None:
         """Append blocks to tables, for the tokens that come next; they have no scores yet.
@@ -371,9 +379,3 @@ def plan_width(widest: int) -> int:
     """
     step = 1 << max(0, (widest - 1).bit_length() - 4)
     return -(-widest // step) * step
-
-
-def _widened(array: Int32, width: int) -> Int32:
-    wider = np.zeros((*array.shape[:-1], width), array.dtype)
-    wider[..., : array.shape[-1]] = array
-    return wider

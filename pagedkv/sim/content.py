@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from pagedkv.core.arrays import Int32, Int64, UInt64
 
-__all__ = ["Content", "stream_ids", "stream_tokens", "text"]
+__all__ = ["Content", "lane_tokens", "stream_ids", "stream_lanes", "stream_tokens", "text"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -41,10 +41,19 @@ def stream_ids(namespace: int, numbers: npt.ArrayLike) -> Int64:
 
 def stream_tokens(streams: Int64, offsets: Int64) -> Int32:
     """Return the token at each offset of each stream; the arguments broadcast."""
+    return lane_tokens(stream_lanes(streams), offsets)
+
+
+def stream_lanes(streams: Int64 | UInt64) -> Int64:
+    """Return all that a stream's tokens depend on: [2, *streams.shape]."""
     keys = _mixed(streams.astype(np.uint64))
-    low = (keys & np.uint64(_LANE)).astype(np.int64)
-    high = ((keys >> np.uint64(_LANE_BITS)) & np.uint64(_LANE)).astype(np.int64)
-    lane = np.where(offsets % 2 == 0, low, high)
+    halves = np.stack([keys, keys >> np.uint64(_LANE_BITS)])
+    return (halves & np.uint64(_LANE)).astype(np.int64)
+
+
+def lane_tokens(lanes: Int64, offsets: Int64 | Int32) -> Int32:
+    """Return the token at each offset of each stream, from `stream_lanes`; they broadcast."""
+    lane = np.where(offsets % 2 == 0, lanes[0], lanes[1])
     tokens: Int32 = ((lane + offsets * _STEP) & _LANE).astype(np.int32)
     return tokens
 
@@ -73,16 +82,12 @@ class Content(Struct, frozen=True, eq=False):
             return self.exact
         if len(self.streams) == 1 and self.starts is None:
             return stream_tokens(self.streams, np.arange(self.lengths[0]))
-        keys = _mixed(self.streams.astype(np.uint64))
-        lanes = np.stack([keys & np.uint64(_LANE), (keys >> np.uint64(_LANE_BITS))]).astype(
-            np.int64
-        )
+        lanes = stream_lanes(self.streams)
         before = np.cumsum(self.lengths) - self.lengths
         shift = before if self.starts is None else before - self.starts
         piece = np.repeat(np.arange(len(self.streams)), self.lengths)
         offsets = np.arange(len(piece)) - shift[piece]
-        lane = np.where(offsets % 2 == 0, lanes[0][piece], lanes[1][piece])
-        return ((lane + offsets * _STEP) & _LANE).astype(np.int32)
+        return lane_tokens(lanes[:, piece], offsets)
 
     def __add__(self, other: "Content") -> "Content":
         """Return this text followed by another; both made of streams."""

@@ -129,15 +129,17 @@ class CostModel(Checked, frozen=True, kw_only=True):
         device, shape, tp = self.accelerator, self.shape, self.tensor_parallel
         kv = shape.kv_bytes_per_token / tp
         pair = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim / tp
-        moved = work.num_tokens * shape.hidden_size * shape.bytes_per_element
-        reduce = moved * (2 * shape.num_layers * 2 * (tp - 1) / tp / device.link_bandwidth)
+        reduce: Any = 0.0
+        if tp > 1:
+            moved = work.num_tokens * shape.hidden_size * shape.bytes_per_element
+            reduce = moved * (2 * shape.num_layers * 2 * (tp - 1) / tp / device.link_bandwidth)
+            reduce = reduce + 2 * shape.num_layers * self.allreduce_latency
         return {
             "weights": shape.matmul_parameters * shape.bytes_per_element / tp / device.bandwidth,
             "matmul": work.num_tokens * (2.0 * shape.matmul_parameters / tp / device.flops),
             "kv": work.context_tokens * (kv / device.bandwidth),
             "attention": work.attention_pairs * (pair / device.flops),
             "fixed": reduce
-            + (2 * shape.num_layers * self.allreduce_latency if tp > 1 else 0.0)
             + work.copied_tokens * (2 * kv / device.bandwidth)
             + work.swapped_tokens * (kv / device.host_bandwidth)
             + work.tier_seconds,
@@ -193,20 +195,30 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
 def leap_work(leap: Leap, block_size: int) -> StepWork:
     """Return the work of each step of a leap: [steps] per field; that of its plans, to the bit."""
     # Sums of integers and halves of them, which float64 holds exactly in any order.
-    first, then, resident = leap.decision.batch.counts, leap.then, leap.resident.astype(np.int64)
-    groups = len(resident)
+    first, then, resident = leap.decision.batch, leap.then, leap.resident
+    groups, held = len(resident), int(resident.sum())
+    more = int(then.sum())
+    chunk = more - len(then) + 1  # what the last row computes; 1 if it draws like the others
     repeat: Float64 = np.arange(-1, leap.steps - 1, dtype=np.float64)  # 0 is the second step
-    begin, more, square = int(first.sum()), int(then.sum()), int(then @ then)
-    tokens = begin + np.minimum(repeat + 1, 1) * (more - begin)
-    context = int(resident.sum()) + groups * (begin + (repeat + 1) * more)
-    pairs = int(((resident + first) @ then).sum()) + groups * ((repeat + 0.5) * square)
-    pairs[0] = int((resident @ first).sum()) + groups * (int(first @ first) / 2)
-    once = (repeat < 0).astype(np.float64)
+    tokens = np.full(leap.steps, more, np.float64)
+    tokens[0] = first.num_tokens
+    context = (held + groups * first.num_tokens) + (repeat + 1) * (groups * more)
+    before = held + groups * first.num_tokens
+    if chunk > 1:
+        before += (chunk - 1) * int((resident[:, -1] + first.counts[-1]).sum())
+    square = groups * (len(then) - 1 + chunk * chunk)
+    pairs = before + (repeat + 0.5) * square
+    pairs[0] = held + groups * len(then) / 2
+    if not first.decodes:
+        counts = first.counts.astype(np.int64)
+        pairs[0] = int((resident @ counts).sum()) + groups * int(counts @ counts) / 2
     _, _, moves, swaps, copies = leap.decision
+    copied = (len(copies) * block_size + len(moves)) / groups
+    swapped = (len(swaps[0]) + len(swaps[1])) * block_size / groups
     return StepWork(
         num_tokens=tokens,
         context_tokens=context / groups,
         attention_pairs=pairs / groups,
-        copied_tokens=once * ((len(copies) * block_size + len(moves)) / groups),
-        swapped_tokens=once * ((len(swaps[0]) + len(swaps[1])) * block_size / groups),
+        copied_tokens=(repeat < 0) * copied if copied else 0,
+        swapped_tokens=(repeat < 0) * swapped if swapped else 0,
     )

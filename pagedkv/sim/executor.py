@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32
+from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
-from pagedkv.sim.content import stream_tokens
+from pagedkv.sim.content import lane_tokens, stream_lanes, stream_tokens
 from pagedkv.sim.cost import CostModel, leap_work, step_work
 
 __all__ = ["CostExecutor"]
@@ -38,6 +38,8 @@ class CostExecutor:
         self.swapped_tokens = 0
         self.on_plan: Callable[[StepPlan, float, float], None] | None = None
         self._block_size = block_size
+        self._seq_ids: Int64 = np.empty(0, np.int64)  # by row, whose lanes stand in the row
+        self._lanes: Int64 = np.empty((2, 0), np.int64)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Let the clock run by what the plan costs, and answer it."""
@@ -77,11 +79,18 @@ class CostExecutor:
         seconds: Float64 = np.broadcast_to(self.cost.seconds(work), (leap.steps,))
         return seconds
 
-    def leap_tokens(self, table: SequenceTable, rows: Int32, num_steps: int) -> Int32:
+    def leap_tokens(self, table: SequenceTable, rows: Int64, num_steps: int) -> Int32:
         """Return what rows draw in the coming steps: [K, S]."""
-        position = (table.num_known[rows] - table.num_prompt[rows]).astype(np.int64)
-        seeds = table.sampling["seed"][rows].astype(np.int64)
-        return stream_tokens(seeds, position + np.arange(num_steps)[:, None])
+        seq_ids = table.seq_id[rows]
+        if len(self._seq_ids) < table.num_rows:
+            self._seq_ids = np.full(table.num_rows, -1, np.int64)
+            self._lanes = np.zeros((2, table.num_rows), np.int64)
+        new = rows[self._seq_ids[rows] != seq_ids]
+        if len(new):
+            self._seq_ids[new] = table.seq_id[new]
+            self._lanes[:, new] = stream_lanes(table.sampling["seed"][new])
+        position = table.num_known[rows] - table.num_prompt[rows]
+        return lane_tokens(self._lanes[:, rows], position + np.arange(num_steps)[:, None])
 
     def land(self, leap: Leap, end: float) -> None:
         """Set the clock to the end of a leap, and count what it moved."""

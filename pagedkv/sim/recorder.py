@@ -142,7 +142,7 @@ class Recorder:
             self._planned[row] = self._drew[row] = -1
             life.queued, life.row = now, -1
 
-    def _draw(self, rows: Int32, seq_ids: Int64, end: float) -> None:
+    def _draw(self, rows: Int32 | Int64, seq_ids: Int64, end: float) -> None:
         fresh = self._drew[rows] != seq_ids
         if fresh.any():
             for i in np.flatnonzero(fresh).tolist():
@@ -196,7 +196,7 @@ class Recorder:
             seconds: [K] How long each was.
         """
         rows = leap.decision.batch.rows
-        drawing = rows[leap.draws]
+        drawing = leap.drawing
         self.begin(rows, begin)
         self._draw(drawing, self._scheduler.table.seq_id[drawing], float(ends[0]))
         if leap.steps > 1:
@@ -235,11 +235,12 @@ class Recorder:
 
     def _count_tokens(self, ends: Float64, batch: int) -> None:
         """Keep the most tokens that any second of the clock saw."""
-        seconds = ends.astype(np.int64)
-        if len(seconds) == 1:
-            self._count_in(int(seconds[0]), batch)
+        if int(ends[0]) == int(ends[-1]):
+            self._count_in(int(ends[0]), len(ends) * batch)
             return
-        for second, times in zip(*np.unique(seconds, return_counts=True), strict=True):
+        for second, times in zip(
+            *np.unique(ends.astype(np.int64), return_counts=True), strict=True
+        ):
             self._count_in(int(second), int(times) * batch)
 
     def _count_in(self, second: int, tokens: int) -> None:

@@ -138,7 +138,7 @@ class Replica:
         seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
         ends = np.cumsum(np.append(self.clock, seconds))[1:]
         steps = min(leap.steps, int(np.searchsorted(ends, until)) + 1)
-        tokens = self.executor.leap_tokens(scheduler.table, rows[leap.draws], steps)
+        tokens = self.executor.leap_tokens(scheduler.table, leap.drawing, steps)
         pool = Pool.of(scheduler.manager)
         leap = extend_leap(scheduler, leap, tokens)
         steps = leap.steps

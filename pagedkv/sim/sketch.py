@@ -46,10 +46,13 @@ class Distribution:
         """Count what has come in."""
         if not self._coming:
             return
-        pairs = [(np.atleast_1d(np.asarray(v, np.float64)), n) for v, n in self._coming]
+        parts = [np.atleast_1d(np.asarray(values, np.float64)) for values, _ in self._coming]
+        times = [times for _, times in self._coming]
         self._coming = []
-        new = np.concatenate([values for values, _ in pairs])
-        often = np.concatenate([np.broadcast_to(n, v.shape) for v, n in pairs]).astype(np.int64)
+        new = np.concatenate(parts)
+        often = np.concatenate(
+            [np.full(part.shape, n, np.int64) for part, n in zip(parts, times, strict=True)]
+        )
         if not new.size:
             return
         weighted = new * often
@@ -190,23 +193,29 @@ class Series:
         self._sums: Float64 = np.zeros((2 * bins, len(names)))
         self._weights: Float64 = np.zeros(2 * bins)
         self._peaks: Float64 = np.zeros(len(names))
+        self._coming: list[tuple[Float64, Float64, Float64]] = []
 
     def add(self, ends: Float64, durations: Float64, values: Float64) -> None:
         """Take in steps: [K] when each ended, [K] how long it was, [K, N] what held during it.
 
-        A step counts in the stretch in which it ended.
+        A step counts in the stretch in which it ended. The arrays must not change afterwards.
         """
+        self._coming.append((ends, durations, values))
+        if len(self._coming) >= _AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count what has come in."""
+        if not self._coming:
+            return
+        coming, self._coming = self._coming, []
+        ends, durations, values = (np.concatenate(parts) for parts in zip(*coming, strict=True))
         self._peaks = np.maximum(self._peaks, values.max(axis=0))
-        last = float(ends[-1])
-        while last >= self.width * len(self._weights):
+        while float(ends[-1]) >= self.width * len(self._weights):
             self._halve()
         at = (ends / self.width).astype(np.int64)
-        if at[0] == at[-1]:
-            self._sums[at[0]] += durations @ values
-            self._weights[at[0]] += durations.sum()
-        else:
-            np.add.at(self._sums, at, durations[:, None] * values)
-            np.add.at(self._weights, at, durations)
+        np.add.at(self._sums, at, durations[:, None] * values)
+        np.add.at(self._weights, at, durations)
 
     def _halve(self) -> None:
         half = len(self._weights) // 2
@@ -222,6 +231,8 @@ class Series:
 
         Peaks add up, so they bound the sum's peak from above.
         """
+        self._settle()
+        other._settle()
         while self.width < other.width:
             self._halve()
         while other.width < self.width:
@@ -238,16 +249,19 @@ class Series:
     @property
     def peaks(self) -> dict[str, float]:
         """The greatest value of each quantity."""
+        self._settle()
         return dict(zip(self.names, self._peaks.tolist(), strict=True))
 
     @property
     def means(self) -> dict[str, float]:
         """The mean of each quantity over the time that was spent in steps."""
+        self._settle()
         total = max(self._weights.sum(), 1e-300)
         return dict(zip(self.names, (self._sums.sum(axis=0) / total).tolist(), strict=True))
 
     def table(self) -> dict[str, list[float]]:
         """Return the middles of the stretches in which anything ran, and the means in each."""
+        self._settle()
         used = np.flatnonzero(self._weights > 0)
         rates = self._rates()[used]
         columns = dict(zip(self.names, rates.T.tolist(), strict=True))

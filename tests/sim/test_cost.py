@@ -77,7 +77,8 @@ def test_the_work_of_a_leap_is_each_step_s_own():
     leap = Leap(
         decision=decision,
         then=np.array([1, 1, 8], np.int32),
-        draws=np.array([True, True, False]),
+        drawing=np.array([0, 1]),
+        room=9,
         resident=np.array([[5, 17, 100]], np.int32),
         steps=4,
     )
