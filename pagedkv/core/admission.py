@@ -110,11 +110,13 @@ class Admission:
         rows = self._config.scheduler.max_num_seqs
         width = request.sampling.width
         if width > rows:
+            name = "n" if request.sampling.beam_width is None else "beam_width"
             raise InvalidRequest(
-                f"n is {width} and {rows} sequences run at once",
+                f"{name} is {width} and {rows} sequences run at once",
                 where=where,
-                remedy="lower n or raise scheduler.max_num_seqs",
+                remedy=f"lower {name} or raise scheduler.max_num_seqs",
             )
+        self._check_vocabulary(request)
         size, what, need = self._manager.block_size, "prompt", self._blocks(num_prompt, max_blocks)
         if self._guaranteed:
             most = _limit(request, num_prompt, max_len) - 1
@@ -129,11 +131,22 @@ class Admission:
                 remedy="shorten the prompt or raise cache.num_blocks",
             )
 
+    def _check_vocabulary(self, request: Request) -> None:
+        model, sampling = self._config.model, request.sampling
+        named = sampling.num_candidates(len(sampling.ends_at(model.eos_token_ids)))
+        if named is not None and named > model.vocab_size:
+            raise InvalidRequest(
+                f"beam_width is {sampling.beam_width}, for which each beam names {named} tokens, "
+                f"and the vocabulary has {model.vocab_size}",
+                where=f"request {request.request_id!r}",
+                remedy="lower beam_width",
+            )
+
     # While it waits
 
     def has_outgrown(self, seq: Sequence) -> bool:
         """Return whether a waiting sequence has come to need more than it could ever get."""
-        need = self._blocks(len(seq.token_ids), seq.max_blocks)
+        need = self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
         most = self._manager.pool.num_blocks
         return need > min(most, self._tenants.quota_of(seq.request.tenant))
 
@@ -149,7 +162,7 @@ class Admission:
             table.running[table.tenant[table.running] == seq.tenant_id]
         )
         most = footprint(table.limit[rows] - 1, table.max_blocks[rows], self._manager.block_size)
-        now = held + self._blocks(len(seq.token_ids), seq.max_blocks)
+        now = held + self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
         ever = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
         own = self._blocks(ever, seq.max_blocks) * len(seq.group)
         return self._reserve(now, int(most.sum()) * groups + own, self.ratio) <= quota
@@ -225,7 +238,7 @@ class Admission:
             blocks = np.maximum(np.minimum(known, seq.max_blocks), seq.swapped.num_blocks)
             now = int(blocks.sum())
         else:
-            now = self._manager.missing_blocks(seq, hits)
+            now = self._manager.missing_blocks(seq, hits) + self._own_blocks(seq)
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
         most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
@@ -239,10 +252,33 @@ class Admission:
             own -= (len(seq.group) - 1) * (seq.num_prompt // size) * groups
         return Need(now, own)
 
+    def _own_blocks(self, seq: Sequence) -> int:
+        """Return the blocks that siblings need at once after they fork, beside the leader's.
+
+        Only beams that come back have gone on by themselves before.
+        """
+        known = len(seq.token_ids)
+        if not seq.siblings or seq.fork_at == known:
+            return 0
+        shared = 0 if seq.policy.evicts else self._blocks_full(seq.fork_at)
+        return len(seq.siblings) * (self._blocks(known, seq.max_blocks) - shared)
+
+    def _blocks_full(self, num_tokens: int) -> int:
+        return num_tokens // self._manager.block_size * self._manager.num_groups
+
     def reserved(self) -> Need:
         """Return what sequences in rows may still take: for known tokens, and at the most."""
         table, manager = self._table, self._manager
         now = manager.pledged_blocks(table.running)
+        waits = (table.seq_id != FREE) & ~table.runs & (table.num_known > table.num_prompt)
+        if waits.any():  # beams that come back and have not forked yet
+            own = np.minimum(
+                -(-table.num_known[waits] // manager.block_size), table.max_blocks[waits]
+            )
+            now += (
+                int((own - table.num_prompt[waits] // manager.block_size).sum())
+                * manager.num_groups
+            )
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
         rows = np.flatnonzero(table.seq_id != FREE).astype(np.int32)

@@ -46,6 +46,7 @@ def foreseeable(request: Request, policy: Policy, model: ModelConfig) -> bool:
     return (
         (sampling.ignore_eos or not model.eos_token_ids)
         and not (stops or policy.evicts or sampling.width > 1)
+        and sampling.beam_width is None
         and sampling.logprobs is None
         and sampling.prompt_logprobs is None
     )

@@ -6,8 +6,12 @@ from pagedkv.config import EngineConfig
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Int32
 from pagedkv.core.batch import Batch
+from pagedkv.core.beams import NO_BEAM
+from pagedkv.core.bounds import most_blocks, usable_prefix
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
+from pagedkv.core.prompt import prompt_array
+from pagedkv.core.queues import urgency
 from pagedkv.core.request import Request, Sequence
 from pagedkv.core.retention import Retention
 from pagedkv.core.roster import Roster
@@ -35,6 +39,35 @@ class Intake:
         self._admission = admission
         self._pressure = pressure
 
+    def sequences(self, request: Request, first_id: int, now: int) -> list[Sequence]:
+        """Return the sequences of a request that can be served, not queued yet.
+
+        Raises:
+            InvalidRequest: The prompt or the parameters are wrong.
+            PolicyError: Its eviction policy cannot be read or held.
+            NeverFits: An empty pool, or the tenant's part of it, would be too small.
+        """
+        sampling, size = request.sampling, self._manager.block_size
+        policy = self._retention.resolve(request.eviction)
+        max_blocks = most_blocks(policy, size, self._retention.windows.tolist())
+        max_len = self._admission.max_len(request, policy)
+        prompt = prompt_array(request, self._config.model.vocab_size, max_len)
+        self._admission.check(request, len(prompt), max_blocks, max_len)
+        group = [
+            Sequence(first_id + i, request, prompt, index=i, seed=0) for i in range(sampling.width)
+        ]
+        beams = group.copy() if sampling.beam_width is not None else []
+        for seq in group:
+            seq.arrived = now
+            seq.urgency = urgency(request.priority, now, self._limits.ageing_steps)
+            seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
+            seq.max_prefix = usable_prefix(policy, size)
+            if sampling.prompt_logprobs is not None:
+                seq.max_prefix = 0  # a token that is not computed has no log-probability
+            if beams:
+                seq.beams, seq.cumulative = beams, NO_BEAM if seq.index else 0.0
+        return group
+
     def make_way(self, now: int) -> None:
         """Push back running sequences for a waiting one that is more urgent, if that lets it in.
 
@@ -52,7 +85,8 @@ class Intake:
         rows = rows[later & np.array(less, np.bool_)]
         order = rows[np.argsort(-self._table.urgency[rows], kind="stable")]
         for row in order[: self._admission.num_to_push_back(seq, hits, order)].tolist():
-            self._pressure.push_back(self.sequence(row))
+            if self._table.runs[row]:  # not gone already with the beam it moves with
+                self._pressure.push_back(self.sequence(row))
 
     def admit(self, budget: int, now: int) -> tuple[Int32, Int32]:
         """Admit from the queue, and give each sequence its first chunk: [N] rows, [N] tokens.
@@ -110,19 +144,17 @@ class Intake:
 
     def _enter(self, seq: Sequence, hits: Int32, most: int) -> int:
         """Admit a sequence and return how many of its tokens it computes in this step."""
-        self._roster.admit(seq, hits, self._stop_ids(seq.request))
+        stop_ids = seq.request.sampling.ends_at(self._config.model.eos_token_ids)
+        self._roster.admit(seq, hits, stop_ids)
         row = np.array([seq.row], np.int32)
         left = self._table.num_known[row] - self._table.num_computed[row]
+        left = self._roster.until_forks(row, left)
         count = min(int(self._retention.limit(row, left)[0]), most)
         batch = Batch(self._table, row, np.array([count], np.int32))
         place(batch)
         copies = self._manager.grow(batch)
         assert not len(copies), "an admitted sequence shares no block that it writes to"
         return count
-
-    def _stop_ids(self, request: Request) -> list[int]:
-        eos = () if request.sampling.ignore_eos else self._config.model.eos_token_ids
-        return sorted({*request.sampling.stop_token_ids, *eos})
 
     def _digests_in_work(self) -> set[bytes | None] | None:
         """Return the hashes of the blocks that running prompts are yet to compute; for ``lpm``."""

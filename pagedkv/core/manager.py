@@ -60,7 +60,8 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return np.zeros((0, self.num_groups), np.int32)
-        usable = min(len(seq.token_ids) - 1, seq.max_prefix) // self.block_size
+        own = seq.fork_at if seq.siblings else len(seq.token_ids)
+        usable = min(own - 1, seq.max_prefix) // self.block_size
         salt = seq.request.cache_salt
         extend_chain(seq.hashes, seq.token_ids, usable, self.block_size, salt)
         return self.index.match(seq.hashes[:usable])
@@ -205,9 +206,42 @@ class BlockManager:
     def fork(self, row: int, children: Int32) -> None:
         """Give rows without blocks the same blocks and progress as ``row``, shared."""
         self.table.forked[row] = self.table.forked[children] = True
-        self.table.copy_entries(row, children)
+        self.table.copy_entries(np.full_like(children, row), children)
         for _ in children:
             self.pool.share(self.table.blocks_of(row))
+
+    def take_over(self, children: Int32, parents: Int32) -> None:
+        """Let rows go on as others, whose tokens, blocks and progress they share from here on.
+
+        What they held themselves is released. No bytes move until one writes into a shared block.
+
+        Args:
+            children: [N] Forked rows, each once.
+            parents: [N] Rows, none of them a child.
+        """
+        table, columns = self.table, (children, parents)
+        left, gained = (self._tails_first(rows) for rows in columns)
+        self.pool.share(gained)
+        self.pool.release(left, self.index.findable(left))
+        table.copy_entries(parents, children)
+        table.token_ids[children] = table.token_ids[parents]
+        table.num_known[children] = table.num_known[parents]
+        table.num_scored[children] = table.num_scored[parents]
+        for child, parent in zip(children.tolist(), parents.tolist(), strict=True):
+            seq, other = table.sequences[child], table.sequences[parent]
+            assert seq is not None
+            assert other is not None
+            seq.follow(other)
+
+    def _tails_first(self, rows: Int32) -> Int32:
+        """Return the blocks of rows, each row's tails first: [N] ids."""
+        held = self.table.num_blocks[:, rows]
+        width = int(held.max(initial=0))
+        used = np.arange(width) < held[:, :, None]
+        ids = self.table.block_table[:, rows, :width]
+        order = (1, 2, 0)
+        blocks: Int32 = ids.transpose(order)[:, ::-1][used.transpose(order)[:, ::-1]]
+        return blocks
 
     def drop(self, rows: Int32, keep: Bool) -> Int32:
         """Take table entries from running rows; blocks that others share stay theirs.

@@ -1,6 +1,6 @@
 """How tokens are drawn, and when drawing stops."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -12,6 +12,19 @@ from pagedkv.errors import InvalidRequest, PagedKVError
 __all__ = ["SamplingParams"]
 
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+_NOT_WITH_BEAMS = (
+    "best_of",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "logprobs",
+    "prompt_logprobs",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
@@ -44,6 +57,13 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
         presence_penalty: Subtracted from the logit of every token already generated.
         frequency_penalty: The same, times how often it was generated.
+        beam_width: Search with this many beams instead of drawing, and return the ``n`` best; the
+            rules are transformers'. Beams share blocks as far as they are alike.
+        length_penalty: A found sequence is judged by the sum of its log-probabilities divided by
+            its length to this power; above 0 favours long ones.
+        early_stopping: When a search ends: once as many are found as there are beams (True), when
+            by its present length no beam is likely to become better (False), or when none can
+            (``never``).
     """
 
     section: ClassVar[str] = "sampling"
@@ -65,6 +85,9 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    beam_width: Annotated[int, Meta(ge=2)] | None = None
+    length_penalty: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -77,17 +100,50 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
                 where="sampling.best_of",
                 remedy="draw at least as many as are returned",
             )
+        if self.beam_width is not None:
+            self._check_search(self.beam_width)
         if "" in self.stop:
             raise InvalidRequest(
                 "an empty stop string", where="sampling.stop", remedy="give strings with text"
             )
 
+    def _check_search(self, width: int) -> None:
+        """Refuse what has no meaning where nothing is drawn, or what beams cannot report."""
+        if width < self.n:
+            raise InvalidRequest(
+                f"beam_width is {width} and n is {self.n}",
+                where="sampling.beam_width",
+                remedy="search with at least as many beams as are returned",
+            )
+        for name in _NOT_WITH_BEAMS:
+            default = {field.name: field.default for field in msgspec.structs.fields(self)}[name]
+            value = getattr(self, name)
+            if value != default and not (name == "temperature" and value == 0):
+                raise InvalidRequest(
+                    f"{name} is {value!r} and beam_width {width}",
+                    where=f"sampling.{name}",
+                    remedy="leave it out: a beam search goes by the model's own log-probabilities",
+                )
+
+    def ends_at(self, eos_token_ids: tuple[int, ...]) -> list[int]:
+        """Return the tokens that end a sequence, in ascending order."""
+        return sorted({*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)})
+
+    def named_stop(self, token: int | None, eos_token_ids: tuple[int, ...]) -> int | None:
+        """Return a stop token that ended a sequence, unless it is the model's own, unasked for."""
+        return None if token in eos_token_ids and not self.ignore_eos else token
+
+    def num_candidates(self, num_stop_ids: int) -> int | None:
+        """Return how many next tokens each beam names: enough to go on whatever ends."""
+        width = self.beam_width
+        return None if width is None else width * (1 + max(1, num_stop_ids))
+
     @property
     def width(self) -> int:
         """Sequences that run for the prompt."""
-        return self.n if self.best_of is None else self.best_of
+        return self.beam_width or self.best_of or self.n
 
     @property
     def ranks(self) -> bool:
-        """Whether only the likeliest of the sequences are returned."""
-        return self.width > self.n
+        """Whether only the likeliest of the drawn sequences are returned."""
+        return self.beam_width is None and self.width > self.n

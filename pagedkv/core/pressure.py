@@ -64,10 +64,11 @@ class Pressure:
         if freed:
             self._totals.blocks_shrunk += freed
             return
-        if len(rows) > 1:
-            self.push_back(self._sequence(self._choose(rows)))
+        first = self._sequence(int(rows[0]))
+        if all(self._sequence(row).leader is first.leader for row in rows.tolist()):
+            self._roster.fail_outgrown(first)
         else:
-            self._roster.fail_outgrown(self._sequence(int(rows[0])))
+            self.push_back(self._sequence(self._choose(rows)))
 
     def push_back(self, seq: Sequence) -> None:
         """Preempt a running sequence by the cheaper of swapping and recomputing."""
@@ -75,6 +76,8 @@ class Pressure:
 
     def _swaps(self, seq: Sequence) -> bool:
         blocks = int(self._table.num_blocks[:, seq.row].sum())
+        if seq.beams:  # they share blocks, which a host tier does not know of
+            return False
         if not 0 < blocks <= self._tier.num_free or not self._table.num_computed[seq.row]:
             return False
         if self._table.num_evicted[seq.row]:

@@ -5,7 +5,6 @@ Everything that affects the lifecycle lives in this file: `TRANSITIONS` is the w
 
 import enum
 import sys
-from collections.abc import Mapping, Set
 from collections.abc import Sequence as Ids
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "Status",
-    "prompt_array",
 ]
 
 FULL = Policy()
@@ -251,8 +249,11 @@ class Sequence:
         num_passed: How many later ones were admitted before it while it lacked blocks or rows.
         swapped: Where its blocks are while they are in host memory.
         num_swaps: How often they went there.
-        siblings: The request's other sequences while they wait for this one to compute the
-            prompt; empty once they have forked from it.
+        siblings: The request's other sequences while they wait for this one to compute what they
+            have in common; empty once they have forked from it.
+        fork_at: How many tokens that is: the prompt, or more for beams that come back.
+        beams: All beams of its request's search, itself among them; empty for a sequence that
+            goes its own way.
         hashes: The hash chain of its full blocks, as far as it was needed.
         row: Its table row while it runs, else -1.
         policy: What it may forget.
@@ -269,8 +270,10 @@ class Sequence:
 
     __slots__ = (
         "arrived",
+        "beams",
         "cumulative",
         "evictions",
+        "fork_at",
         "hashes",
         "index",
         "max_blocks",
@@ -310,6 +313,8 @@ class Sequence:
         self.status = Status.WAITING
         self.row = -1
         self.siblings: list[Sequence] = []
+        self.fork_at = len(token_ids)
+        self.beams: list[Sequence] = []
         self.policy = FULL
         self.max_blocks = UNBOUNDED
         self.max_len = UNBOUNDED
@@ -332,8 +337,29 @@ class Sequence:
 
     @property
     def group(self) -> "list[Sequence]":
-        """Itself and the siblings that move with it."""
+        """Itself and the siblings that wait on it."""
         return [self, *self.siblings]
+
+    @property
+    def leader(self) -> "Sequence":
+        """The one that stands for it in the queue."""
+        return self.beams[0] if self.beams else self
+
+    @property
+    def told(self) -> "list[Sequence]":
+        """Those of its party that are answered: of beams, as many as the request wants back."""
+        return self.party[: self.request.sampling.n] if self.beams else self.party
+
+    @property
+    def party(self) -> "list[Sequence]":
+        """Whoever runs, waits and ends together with it: its beams, or its group."""
+        return self.beams or self.group
+
+    def follow(self, other: "Sequence") -> None:
+        """Go on as another sequence did: with its hashes and with what it has forgotten."""
+        self.hashes = other.hashes.copy()
+        self.evictions = other.evictions.copy()
+        self.num_shrinks = other.num_shrinks
 
     def next_digest(self, num_hits: int) -> bytes | None:
         """Return the hash of the first block that it did not find, if that is known."""
@@ -351,46 +377,3 @@ class Sequence:
                 where=f"request {self.request.request_id!r}",
             )
         self.status = status
-
-
-def prompt_array(request: Request, vocab_size: int, max_len: int) -> Int32:
-    """Return the prompt as int32 after checking it against vocabulary and greatest length.
-
-    Raises:
-        InvalidRequest: The prompt is empty, too long for the model, or holds something that is
-            not a token id of its vocabulary.
-    """
-    where = f"request {request.request_id!r} prompt_token_ids"
-    wide = _flat_array(request.prompt_token_ids)
-    if wide.size == 0 and wide.dtype != object:
-        raise InvalidRequest("the prompt is empty", where=where, remedy="give at least one token")
-    if wide.ndim != 1 or wide.dtype.kind not in "iu":
-        raise InvalidRequest(
-            "the prompt is not a flat list of whole numbers", where=where, remedy="give token ids"
-        )
-    if wide.min() < 0 or wide.max() >= vocab_size:
-        wrong = int(np.argmax((wide < 0) | (wide >= vocab_size)))
-        raise InvalidRequest(
-            f"token id {wide[wrong]} at index {wrong} is outside the vocabulary",
-            where=where,
-            remedy=f"give ids from 0 to {vocab_size - 1}",
-        )
-    if wide.size >= max_len:
-        raise InvalidRequest(
-            f"the prompt has {wide.size} tokens and the model takes {max_len} in all",
-            where=where,
-            remedy=f"give at most {max_len - 1} tokens, or raise max_model_len",
-        )
-    return wide.astype(np.int32)
-
-
-def _flat_array(ids: Any) -> npt.NDArray[Any]:
-    """Return ids as an array, of dtype object if they are not numbers in an order."""
-    if isinstance(ids, np.ndarray):
-        return ids
-    unfit = isinstance(ids, bytes | bytearray | Set | Mapping)
-    try:
-        items = [None] if unfit else list(ids)
-        return np.asarray([None] if any(isinstance(i, bool) for i in items) else items)
-    except (TypeError, ValueError, OverflowError):
-        return np.empty(0, object)

@@ -79,10 +79,14 @@ class Retention:
         if evicts:
             table.policy_id[row] = self._policy_id(seq.policy)
         table.rotates[row] = evicts and seq.policy.positions == "cache"
-        table.replay_until[row] = seq.saved.computed if seq.saved else 0
+        self.resume(seq)
         table.by_token[row] = evicts and seq.policy.unit == "token"
         if table.by_token[row]:
             table.tokens.clear(np.array([row], np.int32))
+
+    def resume(self, seq: Sequence) -> None:
+        """Let a row replay what its sequence had forgotten when it was preempted."""
+        self._table.replay_until[seq.row] = seq.saved.computed if seq.saved else 0
 
     def _policy_id(self, policy: Policy) -> int:
         """Return the place of a policy among those in use; nobody's place is given away again."""

@@ -1,12 +1,14 @@
 """Who is in work: every sequence from its request to its end, waiting or running."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32
+from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.beams import Beams, Search
 from pagedkv.core.queues import WaitingQueue
-from pagedkv.core.request import FinishedSequence, Sequence, Status
+from pagedkv.core.request import Certificate, FinishedSequence, Sequence, Status
 from pagedkv.core.retention import Retention
 from pagedkv.core.stats import Totals
 from pagedkv.core.tiers import HostTier
@@ -19,9 +21,11 @@ class Roster:
     """Moves sequences between waiting, running and finished, with their rows and blocks.
 
     A request's sequences are one entry of the queue until its prompt is computed: the first, the
-    leader, takes rows for all of them, and the siblings fork from it.
+    leader, takes rows for all of them, and the siblings fork from it. Beams stay together: they
+    are preempted and end as one, and come back as they came, forking where they began to differ.
 
     Attributes:
+        beams: The searches that run.
         waiting: The queue.
         requests: Per request id, its sequences that have not finished.
         sequences: The same by sequence id.
@@ -39,6 +43,7 @@ class Roster:
         self._tier = tier
         self._totals = totals
         self._table = retention.table
+        self.beams = Beams(retention.manager, retention.certificate)
         self.waiting = waiting
         self.requests: dict[str, list[Sequence]] = {}
         self.sequences: dict[int, Sequence] = {}
@@ -73,6 +78,8 @@ class Roster:
         self._table.start(seq.row)
         if seq.siblings:
             self.unforked[seq.seq_id] = seq
+        if seq.beams:
+            self.beams.enter(seq)
         if seq.swapped is None:
             self._count_hits(seq, len(hits) * self._manager.block_size)
 
@@ -81,33 +88,45 @@ class Roster:
             self._totals.resumed_tokens += len(seq.token_ids)
             self._totals.resumed_tokens_cached += cached
             self._totals.recomputed_tokens += max(0, seq.num_computed - cached)
+            for member in seq.siblings:
+                self._totals.recomputed_tokens += max(0, member.num_computed - seq.fork_at)
         else:
             self._totals.prompt_tokens += seq.num_prompt
             self._totals.prompt_tokens_cached += cached
 
     def sibling_rows(self) -> dict[int, Int32]:
-        """Return the rows that fork from a row once its prompt is computed, by that row."""
+        """Return the rows that fork from a row once what they share is computed, by that row."""
         return {
             seq.row: np.array([member.row for member in seq.siblings], np.int32)
             for seq in self.unforked.values()
         }
 
-    def fork_finished_prompts(self) -> None:
-        """Let siblings run whose leader has computed the prompt; they share its blocks."""
+    def until_forks(self, rows: Int32, need: Int32) -> Int32:
+        """Return ``need`` cut so that no row computes past the fork of siblings: [B] each."""
+        if self.unforked:
+            need = need.copy()
+            for seq in self.unforked.values():
+                left = seq.fork_at - int(self._table.num_computed[seq.row])
+                need[rows == seq.row] = np.minimum(need[rows == seq.row], left)
+        return need
+
+    def fork_siblings(self) -> None:
+        """Let siblings run whose leader has computed what they share; they share its blocks."""
         for seq in list(self.unforked.values()):
-            if self._table.num_computed[seq.row] < self._table.num_known[seq.row]:
+            if self._table.num_computed[seq.row] < seq.fork_at:
                 continue
             del self.unforked[seq.seq_id]
             siblings, seq.siblings = seq.siblings, []
             rows = np.array([member.row for member in siblings], np.int32)
             self._manager.fork(seq.row, rows)
             for member in siblings:
-                member.hashes = seq.hashes.copy()
                 member.num_cached_tokens = seq.num_cached_tokens
                 member.num_preemptions = seq.num_preemptions
                 member.num_swaps = seq.num_swaps
-                member.num_shrinks = seq.num_shrinks
-                member.evictions = seq.evictions.copy()
+                if len(member.token_ids) == seq.fork_at:
+                    member.follow(seq)
+                else:  # it has gone on by itself before
+                    self._retention.resume(member)
                 self._table.start(member.row)
 
     def preempt(self, seq: Sequence, *, swap: bool = False) -> None:
@@ -117,28 +136,40 @@ class Roster:
             swap: Keep its state in host memory. Otherwise its tokens are computed again; if it had
                 evicted, the same rounds are held again.
         """
-        self._retention.save(seq)
+        seq, party = seq.leader, seq.party
+        for member in self._started(party):
+            self._retention.save(member)
         if swap:
             self._tier.swap_out(self._manager, seq)
             self._totals.num_swapped_out += 1
         self._vacate(seq)
-        for member in seq.group:
+        for member in party:
             member.move(Status.PREEMPTED)
             member.num_preemptions += 1
             member.num_swaps += swap
+        if not seq.siblings:
+            seq.siblings, seq.fork_at = party[1:], _num_shared(party)
         self._totals.num_preemptions += 1
         self.waiting.push(seq)
 
-    def _vacate(self, seq: Sequence) -> None:
-        """Free the rows and blocks of a running sequence and of the siblings that wait on it."""
-        known = self._table.num_known[seq.row]
-        seq.token_ids = self._table.token_ids[seq.row, :known].copy()
-        seq.num_computed = int(self._table.num_computed[seq.row])
-        seq.cumulative = float(self._table.cumulative[seq.row])
-        seq.num_scored = max(seq.num_scored, seq.num_computed)
-        self._manager.release(np.array([member.row for member in seq.group], np.int32))
+    def _started(self, party: list[Sequence]) -> list[Sequence]:
+        """Return those that run, and do not wait for their leader."""
+        return [member for member in party if self._table.runs[member.row]]
+
+    def _vacate(self, seq: Sequence, *, ends: bool = False) -> None:
+        """Free the rows and blocks of a running leader and of all that move with it."""
+        party, table = seq.party, self._table
+        for member in self._started(party):
+            row = member.row
+            member.token_ids = table.token_ids[row, : table.num_known[row]].copy()
+            member.num_computed = int(table.num_computed[row])
+            member.cumulative = float(table.cumulative[row])
+            member.num_scored = max(member.num_scored, member.num_computed)
+        if seq.beams:
+            self.beams.leave(seq, ends=ends)
+        self._manager.release(np.array([member.row for member in party], np.int32))
         self.unforked.pop(seq.seq_id, None)
-        for member in seq.group:
+        for member in party:
             member.row = -1
 
     def fail_outgrown(self, seq: Sequence) -> None:
@@ -152,6 +183,17 @@ class Roster:
         )
         self.finished += self.end(seq, "error", error=str(error))
 
+    def end_failed(self, rows: Int32, failed: Bool, why: str) -> None:
+        """End the failed of rows, [N] each, that still run, for a fault of the model."""
+        if not np.count_nonzero(failed):
+            return
+        for row in rows[failed & self._table.runs[rows]].tolist():
+            seq = self._table.sequences[row]
+            if seq is not None:  # not gone already with the beam it moves with
+                error = f"request {seq.request.request_id!r}: {why}"
+                self._manager.disown(row)  # whoever begins alike computes its own
+                self.finished += self.end(seq, "error", error=error)
+
     def end(
         self,
         seq: Sequence,
@@ -160,34 +202,62 @@ class Roster:
         stop_reason: int | str | None = None,
         error: str = "",
     ) -> list[FinishedSequence]:
-        """Take a sequence, and the siblings that wait on it, out of the scheduler."""
-        forgotten = self._retention.certificate(seq)._asdict()
-        if seq.status is Status.RUNNING:
-            self._vacate(seq)
-        else:
-            self.waiting.remove(seq)
-        self._tier.drop(seq)
-        ended = [
-            FinishedSequence(
-                request_id=member.request.request_id,
-                seq_id=member.seq_id,
-                index=member.index,
+        """Take a sequence, and all that move with it, out of the scheduler."""
+        told, sampling = seq.told, seq.request.sampling
+        certificates = [self._retention.certificate(member) for member in told]
+        self._take_out(seq.leader)
+        return [
+            self._ending(
+                member,
+                certificate,
                 token_ids=member.token_ids[member.num_prompt :].tolist(),
                 finish_reason=reason,
                 stop_reason=stop_reason,
                 error=error,
-                cumulative_logprob=member.cumulative if member.request.sampling.ranks else None,
-                num_cached_tokens=member.num_cached_tokens,
-                num_preemptions=member.num_preemptions,
-                num_swaps=member.num_swaps,
-                num_shrinks=member.num_shrinks,
-                **forgotten,
+                cumulative_logprob=member.cumulative if sampling.ranks else None,
             )
-            for member in seq.group
+            for member, certificate in zip(told, certificates, strict=True)
         ]
-        for member in seq.group:
+
+    def end_search(self, search: Search, eos_token_ids: tuple[int, ...]) -> list[FinishedSequence]:
+        """Take a search that is over out of the scheduler; its best sequences are its answer."""
+        leader = search.beams[0]
+        sampling = leader.request.sampling
+        self._take_out(leader)
+        return [
+            self._ending(
+                member,
+                found.forgotten,
+                token_ids=found.token_ids,
+                finish_reason="length" if found.stop_id is None else "stop",
+                stop_reason=sampling.named_stop(found.stop_id, eos_token_ids),
+                cumulative_logprob=found.cumulative,
+            )
+            for member, found in zip(leader.told, search.found, strict=False)
+        ]
+
+    def _take_out(self, leader: Sequence) -> None:
+        if leader.status is Status.RUNNING:
+            self._vacate(leader, ends=True)
+        else:
+            self.waiting.remove(leader)
+            self.beams.leave(leader, ends=True)
+        self._tier.drop(leader)
+        for member in leader.party:
             self._strike(member)
-        return ended
+
+    def _ending(self, seq: Sequence, forgotten: Certificate, **facts: Any) -> FinishedSequence:
+        return FinishedSequence(
+            request_id=seq.request.request_id,
+            seq_id=seq.seq_id,
+            index=seq.index,
+            num_cached_tokens=seq.num_cached_tokens,
+            num_preemptions=seq.num_preemptions,
+            num_swaps=seq.num_swaps,
+            num_shrinks=seq.num_shrinks,
+            **forgotten._asdict(),
+            **facts,
+        )
 
     def _strike(self, seq: Sequence) -> None:
         seq.move(Status.FINISHED)
@@ -216,5 +286,13 @@ class Roster:
         taken = sum(s is not None for s in self._table.sequences)
         in_rows = sum(s.row >= 0 for s in self.sequences.values())
         assert taken == in_rows, "a row is held by nobody in work"
+        self.beams.audit()
         waiting = sum(len(seq.group) for seq in self.waiting)
         assert waiting + in_rows == len(self.sequences), "a sequence neither waits nor runs"
+
+
+def _num_shared(party: list[Sequence]) -> int:
+    """Return how many tokens equally long sequences begin with in common."""
+    tokens = np.stack([seq.token_ids for seq in party])
+    differs = (tokens != tokens[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else len(differs)

@@ -7,7 +7,7 @@ from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
-from pagedkv.core.bounds import foreseeable, most_blocks, usable_prefix
+from pagedkv.core.bounds import foreseeable
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
 from pagedkv.core.manager import NO_MOVES, BlockManager
@@ -15,8 +15,8 @@ from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, no
 from pagedkv.core.planner import Decision, build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
-from pagedkv.core.queues import make_queue, urgency
-from pagedkv.core.request import FinishedSequence, Request, Sequence, prompt_array
+from pagedkv.core.queues import make_queue
+from pagedkv.core.request import FinishedSequence, Request, Sequence
 from pagedkv.core.retention import Retention
 from pagedkv.core.roster import Roster
 from pagedkv.core.stats import SchedulerStats, Totals
@@ -54,6 +54,7 @@ class Scheduler:
         self._totals = Totals()
         waiting = make_queue(limits, self.manager, self.tenants)
         self._roster = Roster(self.retention, self.tier, waiting, self._totals)
+        self._beams = self._roster.beams
         usual = least_urgent if limits.scheduling_policy == "priority" else last_admitted
         self._pressure = Pressure(
             self._roster, self.retention, self.tier, self._totals, victim or usual, limits.swap_cost
@@ -93,30 +94,18 @@ class Scheduler:
                 remedy="give every request its own id",
             )
         self.tenants.check(request.tenant, request.request_id)
-        policy = self.retention.resolve(request.eviction)
-        max_blocks = most_blocks(policy, self.manager.block_size, self.layout.windows)
-        max_len = self.admission.max_len(request, policy)
-        prompt = prompt_array(request, self.config.model.vocab_size, max_len)
-        self.admission.check(request, len(prompt), max_blocks, max_len)
+        group = self._intake.sequences(request, self._next_seq_id, self._totals.num_steps)
         seed = request.sampling.seed
         if seed is None:
             seed = int(self._seeds.integers(2**62))
-        group = [
-            Sequence(self._next_seq_id + i, request, prompt, index=i, seed=seed + i)
-            for i in range(request.sampling.width)
-        ]
         tenant = self.tenants.welcome(request.tenant, self._roster.at_work)
-        now = self._totals.num_steps
-        for seq in group:
-            seq.tenant_id, seq.arrived = tenant, now
-            seq.urgency = urgency(request.priority, now, self.config.scheduler.ageing_steps)
-            seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
-            seq.max_prefix = usable_prefix(policy, self.manager.block_size)
-            if request.sampling.prompt_logprobs is not None:
-                seq.max_prefix = 0  # a token that is not computed has no log-probability
+        for i, seq in enumerate(group):
+            seq.seed, seq.tenant_id = seed + i, tenant
         self._next_seq_id += len(group)
-        self._roster.enlist(group, foreseeable=foreseeable(request, policy, self.config.model))
-        return [seq.seq_id for seq in group]
+        self._roster.enlist(
+            group, foreseeable=foreseeable(request, group[0].policy, self.config.model)
+        )
+        return [seq.seq_id for seq in group[0].told]
 
     def abort(self, request_id: str) -> list[FinishedSequence]:
         """End a request now, in whatever state it is; its blocks are free at once.
@@ -228,8 +217,10 @@ class Scheduler:
             self._decoding = Batch.decoding(self.table)
         decoding = self._decoding
         need = self.table.num_known[decoding.at] - self.table.num_computed[decoding.at]
-        if int(need.sum()) == len(need) <= budget:  # each has one at least
+        # Each has one at least, but for beams that wait for others.
+        if int(need.sum()) == len(need) <= budget and not (self._beams and need.min() == 0):
             return decoding
+        need = self._roster.until_forks(decoding.rows, need)
         need = self.retention.limit(decoding.rows, need)
         if limits.long_prefill_token_threshold and len(need) + len(self._roster.waiting) > 1:
             need = np.minimum(need, limits.long_prefill_token_threshold)
@@ -253,6 +244,7 @@ class Scheduler:
         """
         self._check_outstanding(plan, "commit")
         drawn = drawn_tokens(plan, result)
+        self._beams.check(plan, result)
         self._outstanding = None
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
@@ -262,11 +254,14 @@ class Scheduler:
         self.retention.observe(plan, result, alive & ~broken)
         self.manager.advance(live)
         self._preempt(self.retention.evict(live))
-        self._roster.fork_finished_prompts()
-        failed = (drawn < 0) | (drawn >= self.config.model.vocab_size)
-        self._end_failed(plan.sample_rows, failed, "the model's logits were not finite")
-        self._end_failed(plan.rows, broken, "what it attended to was not finite")
+        self._roster.fork_siblings()
+        vocab_size = self.config.model.vocab_size
+        failed = (drawn < 0) | (drawn >= vocab_size)
+        failed |= self._beams.faulty(plan, result, vocab_size)
+        self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
+        self._roster.end_failed(plan.rows, broken, "what it attended to was not finite")
         sample = self.table.runs[plan.sample_rows].nonzero()[0]
+        sample = self._search(plan, result, sample)
         draws, token_ids = self._draws.only(sample), drawn[sample].astype(np.int32)
         rows, seq_ids = draws.rows, self.table.seq_id[draws.rows]
         stopped, full = draws.append(token_ids)
@@ -281,6 +276,19 @@ class Scheduler:
         return StepOutput(
             rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
         )
+
+    def _search(self, plan: StepPlan, result: StepResult, sample: Int64) -> Int64:
+        """Extend the beams among the samples of a step; return the other samples."""
+        if not self._beams:
+            return sample
+        rest = self._beams.take(plan, result, sample)
+        rows, over = self._beams.advance()
+        self._totals.generation_tokens += len(rows)
+        self.tenants.charge(self.table.tenant[rows], np.ones(len(rows), np.int32))
+        for search in over:
+            eos = self.config.model.eos_token_ids
+            self._roster.finished += self._roster.end_search(search, eos)
+        return rest
 
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.
@@ -303,8 +311,8 @@ class Scheduler:
         """Let rows go back to waiting, in their order."""
         for row in rows[::-1].tolist():
             seq = self.table.sequences[row]
-            assert seq is not None
-            self._roster.preempt(seq)
+            if seq is not None:  # not gone already with the beam it moves with
+                self._roster.preempt(seq)
 
     def _check_outstanding(self, plan: StepPlan, where: str) -> None:
         if self._outstanding is None or plan is not self._outstanding:
@@ -314,17 +322,6 @@ class Scheduler:
                 remedy="commit every plan once, in order, to the scheduler that made it",
             )
 
-    def _end_failed(self, rows: Int32, failed: Bool, why: str) -> None:
-        """End the failed of rows, [N] each, that still run, for a fault of the model."""
-        if not np.count_nonzero(failed):
-            return
-        for row in rows[failed & self.table.runs[rows]].tolist():
-            seq = self.table.sequences[row]
-            assert seq is not None
-            error = f"request {seq.request.request_id!r}: {why}"
-            self.manager.disown(row)  # whoever begins alike computes its own
-            self._roster.finished += self._roster.end(seq, "error", error=error)
-
     def _finish_ended(
         self, rows: Int32 | Int64, token_ids: Int32, stopped: Bool, full: Bool
     ) -> None:
@@ -332,9 +329,8 @@ class Scheduler:
             seq = self.table.sequences[int(rows[i])]
             assert seq is not None
             token = int(token_ids[i])
-            named = token not in self.config.model.eos_token_ids
-            named |= seq.request.sampling.ignore_eos
-            reason = token if stopped[i] and named else None
+            eos = self.config.model.eos_token_ids
+            reason = seq.request.sampling.named_stop(token, eos) if stopped[i] else None
             how = "stop" if stopped[i] else "length"
             self._roster.finished += self._roster.end(seq, how, stop_reason=reason)
 

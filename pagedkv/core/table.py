@@ -178,6 +178,7 @@ class SequenceTable:
         self.sampling["seed"][row] = seq.seed
         self.penalised[row] = any(self.sampling[name][row] != at for name, at in NO_PENALTY.items())
         reported = 0 if params.ranks and params.logprobs is None else params.logprobs
+        reported = params.num_candidates(len(stop_ids)) or reported
         self.sampling["num_logprobs"][row] = -1 if reported is None else reported
         self.cumulative[row] = seq.cumulative
         wanted = params.prompt_logprobs
@@ -324,16 +325,17 @@ class SequenceTable:
         """Make ``tokens`` at least ``width`` wide."""
         self.tokens.reserve(width, np.flatnonzero(self.by_token).astype(np.int32))
 
-    def copy_entries(self, row: int, children: Int32) -> None:
-        """Give rows the block tables, scores and progress of another row."""
+    def copy_entries(self, parents: Int32, children: Int32) -> None:
+        """Give each child the block tables, scores and progress of its parent: [N] rows each."""
         for name in ENTRY_COLUMNS:
             column = getattr(self, name)
-            column[:, children] = column[:, [row]]
+            column[:, children] = column[:, parents]
         for name in PROGRESS_COLUMNS:
             column = getattr(self, name)
-            column[..., children] = column[..., [row]]
-        if self.by_token[row]:
-            self.tokens.copy(row, children)
+            column[..., children] = column[..., parents]
+        at = np.flatnonzero(self.by_token[parents])
+        if len(at):
+            self.tokens.copy(parents[at], children[at])
 
     def blocks_of(self, row: int) -> Int32:
         """Return a row's blocks, the tails of all groups first: [N] ids.

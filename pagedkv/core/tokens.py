@@ -78,8 +78,8 @@ class TokenColumns:
             moved = np.take_along_axis(column[:, rows, :width], order, axis=2)
             column[:, rows, :width] = np.where(stay, moved, 0)
 
-    def copy(self, row: int, children: Int32) -> None:
-        """Give rows what is known of another row's tokens."""
+    def copy(self, parents: Int32, children: Int32) -> None:
+        """Give each child what is known of its parent's tokens: [N] rows each."""
         for name in self.COLUMNS:
             column = getattr(self, name)
-            column[:, children] = column[:, [row]]
+            column[:, children] = column[:, parents]

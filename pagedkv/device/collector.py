@@ -69,7 +69,8 @@ class OutputCollector:
         if params.prompt_logprobs is not None:
             tracked.prompt_logprobs = [None] * len(request.prompt_token_ids)
             self._scored[seq_ids[0]] = tracked
-        if streams or params.stop or params.logprobs is not None:
+        watches = streams and params.beam_width is None  # beams have no text until they end
+        if watches or params.stop or params.logprobs is not None:
             for index, seq_id in enumerate(seq_ids):
                 text = TextStream(self._tokenizer, params.stop, hidden=self._hidden)
                 self._watched[seq_id] = _Watched(tracked, index, text)
@@ -161,6 +162,7 @@ class OutputCollector:
             num_evicted_tokens=end.num_evicted_tokens,
             forfeited_mass=end.forfeited_mass,
             leave_one_out_error=end.leave_one_out_error,
+            cumulative_logprob=_total(logprobs, end.token_ids, end.cumulative_logprob),
         )
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -206,7 +208,17 @@ class OutputCollector:
             text=watched.text.text,
             token_ids=watched.token_ids.copy(),
             logprobs=watched.logprobs.copy() or None,
+            cumulative_logprob=_total(watched.logprobs or None, watched.token_ids),
         )
+
+
+def _total(
+    logprobs: list[dict[int, Logprob]] | None, token_ids: list[int], known: float | None = None
+) -> float | None:
+    """Return the sum of the tokens' log-probabilities, if it is known or they are."""
+    if logprobs is None:
+        return known
+    return sum(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True))
 
 
 def _logprobs(result: StepResult, sample: int, token: int, wanted: int) -> dict[int, Logprob]:

@@ -29,6 +29,8 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
         finish_reason: ``stop``, ``length``, ``abort``, ``error``; None while it runs.
         stop_reason: The stop token's id or the stop string, if one ended it and it was not eos.
         logprobs: Per token, id to log-probability, the drawn token first; None if not asked for.
+        cumulative_logprob: The sum of its tokens' log-probabilities; None unless they were asked
+            for, or sequences were ranked by it: by ``best_of``, or a beam search.
         error: What went wrong, if ``finish_reason`` is ``error``.
         num_preemptions: How often its blocks were taken, and it had to wait.
         num_swaps: How often they were kept in host memory instead of computed again.
@@ -48,6 +50,7 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
     error: str = ""
     num_preemptions: int = 0
     num_swaps: int = 0
@@ -55,14 +58,6 @@ class CompletionOutput(Struct, frozen=True, kw_only=True):
     num_evicted_tokens: float = 0.0
     forfeited_mass: float = 0.0
     leave_one_out_error: float | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """The sum of the drawn tokens' log-probabilities; None if not asked for."""
-        if self.logprobs is None:
-            return None
-        pairs = zip(self.logprobs, self.token_ids, strict=True)
-        return sum(entry[token].logprob for entry, token in pairs)
 
 
 class RequestOutput(Struct, frozen=True, kw_only=True):
