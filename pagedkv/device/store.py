@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.core.groups import GroupLayout
+from pagedkv.device import memory
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.quantize import quantize, row_words
 from pagedkv.errors import ConfigError
@@ -114,9 +115,11 @@ class KVStore:
             words,
         )
         self._quantized = dtype == torch.int8
-        self.keys = torch.empty(shape, dtype=kind, device=device)
-        self.values = torch.empty(shape, dtype=kind, device=device)
         host, pinned = (shape[0], num_cpu_blocks, *shape[2:]), device.startswith("cuda")
+        self.keys, self.values = (
+            torch.empty(shape, dtype=kind, device=device) if pinned else memory.empty(shape, kind)
+            for _ in range(2)
+        )
         self._host_keys = torch.empty(host, dtype=kind, pin_memory=pinned)
         self._host_values = torch.empty(host, dtype=kind, pin_memory=pinned)
         if poison:

@@ -83,6 +83,7 @@ def run(
         int(batch.causal),
     )
     params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
+    params[at.RUN] = work.run(threads)
     launch(_KINDS[key.dtype], params, threads)
 
 

@@ -50,6 +50,7 @@ from .layout import (
     OUT,
     PARTIAL,
     PARTIAL_AT,
+    RUN,
     SCRATCH,
     SCRATCH_BYTES,
     SPAN,
@@ -163,27 +164,30 @@ def _finish(params: Address, item: Address, acc: Address, tops: Address, masses:
 
 @kernel
 def _work(asked: Sample, sample: Sample, params: Address) -> None:
-    """What each thread does: take items until none is left."""
+    """What each thread does: take runs of items until none is left."""
     thread = atomic_add(params + 8 * THREAD, 1)
     scratch = get(params, SCRATCH) + thread * get(params, SCRATCH_BYTES)
-    count = get(params, NUM_ITEMS)
-    i = atomic_add(params + 8 * NEXT, 1)
+    count, run = get(params, NUM_ITEMS), get(params, RUN)
+    i = atomic_add(params + 8 * NEXT, run)
     while i < count:
-        item = get(params, ITEMS) + 8 * NUM_FIELDS * i
-        if get(params, BLOCK_LSE) != 0:
-            clear_block_lse(params, item)
-        if get(item, WIDE) != 0:
-            acc, tops, masses = run_wide(asked, sample, params, item, scratch)
-        else:
-            acc, tops, masses = run_narrow(asked, sample, params, item, scratch)
-        _finish(params, item, acc, tops, masses)
-        i = atomic_add(params + 8 * NEXT, 1)
+        for j in range(i, min(i + run, count)):
+            item = get(params, ITEMS) + 8 * NUM_FIELDS * j
+            if get(params, BLOCK_LSE) != 0:
+                clear_block_lse(params, item)
+            if get(item, WIDE) != 0:
+                acc, tops, masses = run_wide(asked, sample, params, item, scratch)
+            else:
+                # Whether this thread reads on where this span ends.
+                goes_on = j + 1 < min(i + run, count) and get(item, SPAN) + 1 < get(item, SPANS)
+                acc, tops, masses = run_narrow(asked, sample, params, item, scratch, goes_on)
+            _finish(params, item, acc, tops, masses)
+        i = atomic_add(params + 8 * NEXT, run)
 
 
 # ---- compiling and running ----------------------------------------------------------------
 
 
-_PARTS = ("simd", "simd_math", "layout", "block_lse", "narrow", "wide", "kernel")
+_PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "wide", "kernel")
 
 
 def _source_digest() -> str:

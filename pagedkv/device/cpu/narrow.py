@@ -4,9 +4,10 @@ Lanes run over the head size for scores and values, and over keys for the softma
 a block are read together, so memory is walked once and in order; a group's query rows find the
 key row in cache.
 
-Decode is bound by memory. The arithmetic between two rows is longer than what the processor looks
-ahead, so its own prefetching leaves the memory idle: rows are asked for AHEAD keys before they are
-used, across the end of the tile, which is why the addresses of two tiles are at hand.
+Decode is bound by memory, and the processor looks ahead within a page at best: rows are asked for
+AHEAD keys before they are used, across the ends of block and tile, which is why the addresses of
+two tiles are at hand. They are asked into the second-level cache, which has room for more requests
+in flight than the first.
 """
 
 import numpy as np
@@ -40,26 +41,22 @@ from .layout import (
     pad,
     visible,
 )
+from .rows import add_rows, add_rows3, ask, dots, dots3
 from .simd import (
     LANES,
     Address,
     Number,
     Sample,
     add,
-    fma,
     get,
     highest,
     kernel,
     lane0,
     lead,
     load,
-    load_n,
     maximum,
     mul,
-    prefetch,
     put,
-    put_totals4,
-    row_scale,
     scalar,
     splat,
     store,
@@ -69,47 +66,7 @@ from .simd import (
 )
 from .simd_math import exp2
 
-AHEAD = 8  # keys between the rows asked for and the rows in use
-
-
-@kernel
-def _ask(rows: tuple[Address, ...], size: int) -> None:
-    """Prefetch four rows of `size` bytes."""
-    a, b, c, d = rows
-    for i in range(0, size, 64):
-        prefetch(a + i)
-        prefetch(b + i)
-        prefetch(c + i)
-        prefetch(d + i)
-
-
-@kernel
-def _dots(
-    sample: Sample, rows: tuple[Address, ...], query: Address, dim: int, scores: Address
-) -> None:
-    """Write query . key for the four keys at `rows`."""
-    skip = lead(sample)
-    scale_a, scale_b = splat(row_scale(sample, rows[0])), splat(row_scale(sample, rows[1]))
-    scale_c, scale_d = splat(row_scale(sample, rows[2])), splat(row_scale(sample, rows[3]))
-    a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
-    whole = dim // LANES * LANES
-    step = width(sample)
-    w = splat(np.float32(0))
-    x, y, z = w, w, w
-    for i in range(0, whole, LANES):
-        q = load(np.float32(0), query + 4 * i)
-        w = fma(q, load(sample, a + i * step), w)
-        x = fma(q, load(sample, b + i * step), x)
-        y = fma(q, load(sample, c + i * step), y)
-        z = fma(q, load(sample, d + i * step), z)
-    if whole < dim:
-        q = load(np.float32(0), query + 4 * whole)
-        w = fma(q, load_n(sample, a + whole * step, dim - whole), w)
-        x = fma(q, load_n(sample, b + whole * step, dim - whole), x)
-        y = fma(q, load_n(sample, c + whole * step, dim - whole), y)
-        z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
-    w, x, y, z = mul(w, scale_a), mul(x, scale_b), mul(y, scale_c), mul(z, scale_d)
-    put_totals4(scores, w, x, y, z)
+AHEAD = 16  # keys between the rows asked for and the rows in use
 
 
 @kernel
@@ -127,6 +84,7 @@ def _narrow_scores(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
+    threes = group // 3 if dims == 4 * dim else 0
     key = get(params, KEY)
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
@@ -140,39 +98,18 @@ def _narrow_scores(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            _ask((e + offset, f + offset, g + offset, h + offset), size)
-            for _ in range(group):
-                _dots(sample, rows, q, dim, to)
+            ask(e + offset, size)
+            ask(f + offset, size)
+            ask(g + offset, size)
+            ask(h + offset, size)
+            for _ in range(threes):
+                dots3(sample, rows, q, dim, to)
+                q += 3 * dims
+                to += 12 * TILE
+            for _ in range(group - 3 * threes):
+                dots(sample, rows, q, dim, to)
                 q += dims
                 to += 4 * TILE
-
-
-@kernel
-def _add_rows(
-    sample: Sample, rows: tuple[Address, ...], weights: Address, dim: int, acc: Address
-) -> None:
-    """acc += weights[0:4] . the four value rows."""
-    f32 = np.float32(0)
-    step, skip = width(sample), lead(sample)
-    p = splat(scalar(f32, weights) * row_scale(sample, rows[0]))
-    q = splat(scalar(f32, weights + 4) * row_scale(sample, rows[1]))
-    r = splat(scalar(f32, weights + 8) * row_scale(sample, rows[2]))
-    s = splat(scalar(f32, weights + 12) * row_scale(sample, rows[3]))
-    a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
-    i = 0
-    while i + LANES <= dim:
-        at = i * step
-        x = fma(p, load(sample, a + at), load(f32, acc + 4 * i))
-        x = fma(q, load(sample, b + at), x)
-        x = fma(r, load(sample, c + at), x)
-        store(acc + 4 * i, fma(s, load(sample, d + at), x))
-        i += LANES
-    if i < dim:
-        at = i * step
-        x = fma(p, load_n(sample, a + at, dim - i), load(f32, acc + 4 * i))
-        x = fma(q, load_n(sample, b + at, dim - i), x)
-        x = fma(r, load_n(sample, c + at, dim - i), x)
-        store(acc + 4 * i, fma(s, load_n(sample, d + at, dim - i), x))
 
 
 @kernel
@@ -190,6 +127,7 @@ def _narrow_values(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
+    threes = group // 3 if dims == 4 * dim else 0
     value = get(params, VALUE)
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
@@ -203,9 +141,16 @@ def _narrow_values(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            _ask((e + offset, f + offset, g + offset, h + offset), size)
-            for _ in range(group):
-                _add_rows(sample, rows, at, dim, to)
+            ask(e + offset, size)
+            ask(f + offset, size)
+            ask(g + offset, size)
+            ask(h + offset, size)
+            for _ in range(threes):
+                add_rows3(sample, rows, at, dim, to)
+                at += 12 * TILE
+                to += 3 * dims
+            for _ in range(group - 3 * threes):
+                add_rows(sample, rows, at, dim, to)
                 at += 4 * TILE
                 to += dims
 
@@ -315,9 +260,17 @@ def _narrow_tile(
 
 @kernel
 def run_narrow(
-    asked: Sample, sample: Sample, params: Address, item: Address, scratch: Address
+    asked: Sample,
+    sample: Sample,
+    params: Address,
+    item: Address,
+    scratch: Address,
+    goes_on: bool,
 ) -> tuple[Address, Address, Address]:
-    """Run an item; returns the addresses of its accumulator rows, maxima and sums."""
+    """Run an item; returns the addresses of its accumulator rows, maxima and sums.
+
+    `goes_on`: what comes next is this sequence's next span, so its first rows are asked for too.
+    """
     dims = pad(get(params, HEAD_DIM), LANES)
     heads = get(item, HEAD_HIGH) - get(item, HEAD_LOW)
     rows = heads * get(item, NUM_QUERIES) * get(params, GROUP)
@@ -341,15 +294,16 @@ def run_narrow(
     places = (query, acc, state, scores, weights, sums, key_at, value_at)
     low, high = get(item, KEY_LOW), get(item, KEY_HIGH)
     tail = 8 * TILE  # bytes from this tile's addresses to the next tile's
+    end = min(high + AHEAD, visible(params, item, get(item, NUM_QUERIES) - 1)) if goes_on else high
     soon = min(tile, high - low)
     if soon > 0:
         addresses(params, item, low, soon, key_at + tail, value_at + tail)
     for first in range(low, high, tile):
-        count = soon
+        count = min(tile, high - first)
         for j in range(0, tail, 8):
             put(key_at + j, get(key_at + tail + j, 0))
             put(value_at + j, get(value_at + tail + j, 0))
-        soon = min(tile, high - first - tile)
+        soon = min(tile, end - first - tile)
         if soon > 0:
             addresses(params, item, first + tile, soon, key_at + tail, value_at + tail)
         _narrow_tile(sample, params, item, first, count, rows, places)

@@ -254,7 +254,7 @@ def store(_typing: Any, address: Any, value: Any) -> Any:
 
 @_lowered
 def prefetch(_typing: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`; an address that is not mapped does no harm."""
+    """Ask for a line into the second-level cache; an address that is not mapped does no harm."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer = _pointer(builder, args[0], ir.IntType(8))
@@ -262,7 +262,7 @@ def prefetch(_typing: Any, address: Any) -> Any:
             builder,
             "llvm.prefetch.p0" + "i8" * _TYPED_POINTERS,
             ir.VoidType(),
-            [pointer, _I32(0), _I32(3), _I32(1)],
+            [pointer, _I32(0), _I32(2), _I32(1)],
         )
         return context.get_dummy_value()
 
@@ -355,31 +355,39 @@ def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 
 @_lowered
-def put_totals4(_typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Write the four lane sums of a, b, c, d as four fp32 numbers at `address`."""
+def put_totals4(
+    _typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, r: Any, s: Any
+) -> Any:
+    """Write the lane sums of a, b, c, d, times p, q, r, s, as four fp32 numbers at `address`."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        quads = []
-        for value in args[1:]:
-            while value.type.count > 4:
-                low, high = _halves(builder, value)
-                value = builder.fadd(low, high)
-            quads.append(value)
-        sums = _transpose_add(builder, quads)
-        builder.store(sums, _pointer(builder, args[0], sums.type), align=4)
+        sums = _transpose_add(builder, args[1:5])
+        while sums.type.count > 4:
+            sums = builder.fadd(*_halves(builder, sums))
+        factors = ir.Constant(sums.type, ir.Undefined)
+        for i, factor in enumerate(args[5:]):
+            factors = builder.insert_element(factors, factor, _I32(i))
+        pointer = _pointer(builder, args[0], sums.type)
+        builder.store(builder.fmul(sums, factors), pointer, align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, VECTOR, VECTOR, VECTOR, VECTOR), codegen
+    return types.void(types.int64, *(VECTOR,) * 4, *(types.float32,) * 4), codegen
 
 
-def _transpose_add(builder: Any, quads: list[Any]) -> Any:
-    """Four vectors of 4 lanes -> the vector of their four sums."""
+def _transpose_add(builder: Any, rows: list[Any]) -> Any:
+    """Four vectors -> one, each four lanes of which sum four lanes of a, b, c, d in turn.
 
-    orders = ((0, 2, 4, 6), (1, 3, 5, 7))
-    masks = [ir.Constant(ir.VectorType(_I32, 4), [_I32(i) for i in order]) for order in orders]
+    Shuffles within 128 bits are the cheap ones, and folding comes once for all four.
+    """
+    # Even lanes of x then of y, by fours; and the odd ones.
+    orders = [
+        [j + i + lane for i in range(0, LANES, 4) for j in (0, LANES) for lane in (s, s + 2)]
+        for s in (0, 1)
+    ]
+    masks = [ir.Constant(VEC_I32, [_I32(i) for i in order]) for order in orders]
 
     def pair(x: Any, y: Any) -> Any:
         return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
 
-    a, b, c, d = quads
+    a, b, c, d = rows
     return pair(pair(a, b), pair(c, d))

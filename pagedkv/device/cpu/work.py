@@ -22,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 _WIDE_FROM = 16  # query rows per KV head from which lanes over rows pay
 _WIDE_ROWS = 96  # query rows of one wide item
 _NARROW_SPAN = 256  # keys of a span in decode: short enough that one long row uses all cores
+_RUNS = 16  # runs of items for each thread: enough that a slow core costs little
 _WIDE_SPAN = 1024
 _WIDE_ITEMS = 8  # a wide sequence with fewer items than this also cuts its keys
 
@@ -51,7 +52,16 @@ class Work:
     arrived: Ints
     scratch_bytes: int
     partial_bytes: int
+    any_wide: bool
     buffers: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def run(self, threads: int) -> int:
+        """How many items in a row a thread takes at a time.
+
+        In decode neighbours are mostly spans of one sequence, and what is asked for ahead of its
+        use at the end of one serves the next. No result depends on it.
+        """
+        return 1 if self.any_wide else max(1, len(self.items) // (threads * _RUNS))
 
     def memory(self, threads: int) -> npt.NDArray[np.uint8]:
         """Scratch for `threads` threads followed by the partial results; kept for the next call."""
@@ -154,4 +164,5 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
         arrived=np.zeros(tiles, np.int64),
         scratch_bytes=_up(scratch + 256, 4096) * 4096,
         partial_bytes=int(sizes.sum()),
+        any_wide=bool(items[:, at.WIDE].any()),
     )
