@@ -1,128 +1,153 @@
-"""Time one layer of decode attention against the ways one could do without the paged kernel.
+"""Time one layer of attention against the ways one could do without the paged kernel.
 
     python benchmarks/decode_attention.py
-    python benchmarks/decode_attention.py --batch 1 --context 32768 --json out.json
+    python benchmarks/decode_attention.py --suite --json out.json
+    python benchmarks/decode_attention.py --batch 1 --context 32768
+    python benchmarks/decode_attention.py --batch 1 --queries 256
 
-Every contender runs in turn within one round and the best of all rounds counts, so a noisy machine
-disturbs them alike: read the ratios, not the milliseconds. The contenders:
+`--suite` puts the goals beside what was measured: decode in four shapes, one long sequence on one
+thread and on all, prompts in chunks. Every contender runs in turn within one round, over several
+layers as a model's step does, and the best of all rounds counts, per layer: read the ratios, not
+the milliseconds. The contenders:
 
 - kernel, kernel+lse: pagedkv's CPU operator on shuffled blocks, without and with per-block lse;
 - int8+lse: the same with keys and values in 8 bits; its GB/s are of the bytes it reads;
 - torch dense: scaled_dot_product_attention on a contiguous cache, each KV head's group of query
   heads folded into the query length (torch's fastest form; nothing is paged);
 - torch gqa: the same call on queries as a model brings them, with enable_gqa=True;
+- torch unmasked: torch dense without the causal mask, where there is one: another result, sooner;
 - plain read: torch sums every key and value once, a bound from memory bandwidth;
 - gather+dense: index_select the blocks into a contiguous cache, then torch dense.
 
-`--alternate` puts the matmul of a small model's layer before each call, as a decode step does:
+All caches lie in huge pages, as the engine's do; `--pages small` shows what that is worth.
+`--alternate` puts the matmul of a small model's layer before each pass, as a decode step does:
 two thread pools that fight show up there and nowhere else.
 """
 
 import argparse
 import json
-import os
-import platform
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from attention import (
+    DTYPES,
+    Setup,
+    Shape,
+    allocator,
+    best_times,
+    check,
+    contenders,
+    machine,
+    prepare,
+)
 
-from pagedkv.device.operators import CpuPagedOp, PagedBias, paged_attention
-from pagedkv.device.quantize import quantize, row_words
+from pagedkv.device.quantize import row_words
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Setup:
-    """One layer's cache in both layouts, and a query per sequence."""
-
-    query: torch.Tensor  # [B, Hq, D]
-    key: torch.Tensor  # [num_blocks, block_size, Hkv, D]
-    value: torch.Tensor
-    table: np.ndarray  # int32[B, W]
-    dense_key: torch.Tensor  # [B, Hkv, context, D]
-    dense_value: torch.Tensor
-    context: int
-
-    def bias(self, *, want_block_lse: bool) -> PagedBias:
-        """The mask of one decode step."""
-        batch = len(self.query)
-        lengths = np.full(batch, self.context, np.int32)
-        starts = np.arange(batch + 1, dtype=np.int32)
-        size = self.key.shape[1]
-        return PagedBias.build(starts, lengths, self.table, size, want_block_lse=want_block_lse)
-
-    def folded_query(self) -> torch.Tensor:
-        """[B, Hkv, group, D]: a KV head's query heads as if they were queries of one head."""
-        batch, heads, dim = self.query.shape
-        kv_heads = self.key.shape[2]
-        return self.query.view(batch, kv_heads, heads // kv_heads, dim)
+DECODE = {
+    "d 64, block 16": Shape(),
+    "d 64, block 32": Shape(block_size=32),
+    "d 128, 32/8 heads": Shape(heads=32, kv_heads=8, dim=128),
+    "d 256, 4/1 heads": Shape(heads=4, kv_heads=1, dim=256),
+}
+PROMPTS = {f"d {s.dim}": s for s in DECODE.values()}
+LONG = Shape(batch=1, context=32768)
+CHUNKS = (64, 128, 256, 512)
+GOALS = {"torch dense": 1.8, "plain read": 0.75, "int8": 1.5, "prompt": 1.0}
 
 
-def prepare(args: argparse.Namespace) -> Setup:
-    """Random contents, blocks in random order."""
-    generator = torch.Generator().manual_seed(args.seed)
-    width = -(-args.context // args.block_size)
-    shape = (args.batch * width, args.block_size, args.kv_heads, args.dim)
-    dtype = DTYPES[args.dtype]
-    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    query = torch.randn(args.batch, args.heads, args.dim, generator=generator).to(dtype)
-    order = np.random.default_rng(args.seed).permutation(args.batch * width)
-    table = order.astype(np.int32).reshape(args.batch, width)
-    dense = (args.batch, args.kv_heads, args.context, args.dim)
-    dense_key, dense_value = (torch.randn(dense, generator=generator).to(dtype) for _ in range(2))
-    return Setup(query, key, value, table, dense_key, dense_value, args.context)
-
-
-def contenders(s: Setup) -> dict[str, Callable[[], object]]:
-    """Name -> what to time."""
-    with_lse, without = (s.bias(want_block_lse=want) for want in (True, False))
-    packed = [quantize(x) for x in (s.key, s.value)]
-    exact = s.query.float()
-    folded = s.folded_query()
-    plain = s.query.unsqueeze(2)  # [batch, query heads, 1, dim], as a model brings it
-    attention = torch.nn.functional.scaled_dot_product_attention
-    blocks = torch.from_numpy(s.table.astype(np.int64).ravel())
-    batch, _, _, dim = folded.shape
-
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        taken = cache.index_select(0, blocks).view(batch, -1, cache.shape[2], dim)
-        return taken[:, : s.context].transpose(1, 2)
-
-    def total(cache: torch.Tensor) -> torch.Tensor:
-        return cache.view(torch.float32).sum()
-
-    return {
-        "kernel": lambda: paged_attention(s.query, s.key, s.value, without, op=CpuPagedOp),
-        "kernel+lse": lambda: paged_attention(s.query, s.key, s.value, with_lse, op=CpuPagedOp),
-        "int8+lse": lambda: paged_attention(exact, *packed, with_lse, op=CpuPagedOp),
-        "torch dense": lambda: attention(folded, s.dense_key, s.dense_value),
-        "torch gqa": lambda: attention(plain, s.dense_key, s.dense_value, enable_gqa=True),
-        "plain read": lambda: (total(s.key), total(s.value)),
-        "gather+dense": lambda: attention(folded, gather(s.key), gather(s.value)),
-    }
-
-
-def best_times(
-    functions: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] | None
+def measure(
+    setup: Setup,
+    rounds: int,
+    names: tuple[str, ...] = (),
+    before: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Seconds of the fastest call of each, taken in turn; `before` runs untimed before each."""
-    best = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
-        function()  # compiles, allocates
-    for _ in range(rounds):
-        for name, function in functions.items():
-            if before is not None:
-                before()
-            start = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    """Seconds per layer of the contenders named, or of all."""
+    ways = contenders(setup)
+    ways = {name: ways[name] for name in names or ways}
+    times = best_times(ways, rounds, before)
+    return {name: seconds / len(setup.paged) for name, seconds in times.items()}
+
+
+def record(
+    args: argparse.Namespace, shape: Shape, names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, object]]:
+    """Seconds per layer, once the kernel's output is torch's; and what goes into the JSON."""
+    # Prompts are bound by arithmetic: where their caches come from matters little.
+    layers = args.layers or (4 if shape.queries > 1 else 0)
+    setup = prepare(shape, args.seed, layers, allocator(args.pages))
+    difference = check(setup)
+    assert difference < 1e-4, difference
+    seconds = measure(setup, args.rounds, names)
+    found = {"shape": asdict(shape), "threads": torch.get_num_threads(), "difference": difference}
+    return seconds, {**found, "seconds": seconds}
+
+
+def decode(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Print a line for each shape of decode; yield the records."""
+    print(f"\n{'decode':20}{'kernel':>10}{'int8':>10}{'dense':>10}{'read':>10} ms", end="")
+    print(f"{'of dense':>10}{'of read':>9}{'int8':>7}\n{'  goals':63}", end="")
+    print(f"{GOALS['torch dense']:9.2f}x{GOALS['plain read']:9.0%}{GOALS['int8']:6.2f}x")
+    names = ("kernel+lse", "int8+lse", "torch dense", "plain read")
+    for name, shape in DECODE.items():
+        times, found = record(args, shape, names)
+        ours, packed, dense, read = (times[name] for name in names)
+        print(name.ljust(20) + "".join(f"{times[name] * 1e3:10.2f}" for name in names), end="   ")
+        print(f"{dense / ours:9.2f}x{read / ours:9.0%}{ours / packed:6.2f}x", flush=True)
+        yield found
+
+
+def prompts(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Print a line for each chunk of a prompt; yield the records."""
+    print(f"\n{'prompts':20}{'kernel':>10}{'dense':>10}{'unmasked':>10} ms{'of dense':>10}")
+    print(f"{'  goal':53}{GOALS['prompt']:9.2f}x")
+    for name, shape in PROMPTS.items():
+        for queries in CHUNKS:
+            chunk = replace(shape, batch=1, queries=queries)
+            names = ("kernel+lse", "torch dense", "torch gqa", "torch unmasked")
+            times, found = record(args, chunk, names)
+            ours, unmasked = times["kernel+lse"], times["torch unmasked"]
+            dense = min(times["torch dense"], times["torch gqa"])
+            print(f"{f'{queries}, {name}':20}{ours * 1e3:10.2f}{dense * 1e3:10.2f}", end="")
+            print(f"{unmasked * 1e3:10.2f}   {dense / ours:9.2f}x", flush=True)
+            yield found
+
+
+def threads(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Print what further threads are worth to one long sequence; yield the records."""
+    names, every, times = ("kernel+lse", "plain read"), torch.get_num_threads(), {}
+    for count in (1, every):
+        torch.set_num_threads(count)
+        times[count], found = record(args, LONG, names)
+        yield found
+    print(f"\n1 x {LONG.context} tokens, {every} threads over 1: ", end="")
+    print(", ".join(f"{name} {times[1][name] / times[every][name]:.2f}x" for name in names))
+
+
+def suite(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Print goal beside measured; yield the records."""
+    for part in args.suite.split(","):
+        yield from {"decode": decode, "prompts": prompts, "threads": threads}[part](args)
+
+
+def single(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Print every contender's line for the shape asked for; yield the record."""
+    shape = Shape(**{name: getattr(args, name) for name in asdict(Shape())})
+    setup = prepare(shape, args.seed, args.layers, allocator(args.pages))
+    before = matmul(shape.batch) if args.alternate else None
+    times = measure(setup, args.rounds, before=before)
+    read = shape.num_bytes / 1e9
+    print(f"{shape}, {len(setup.paged)} layers of {read * 1e3:.0f} MB in {args.pages} pages")
+    print(f"{'':14}{'ms':>9}{'GB/s':>8}{'vs torch dense':>16}{'of plain read':>15}")
+    less = shape.dim * DTYPES[shape.dtype].itemsize / (4 * row_words(shape.dim))
+    for name, seconds in times.items():
+        rate = read / seconds / (less if name.startswith("int8") else 1)
+        speed, bandwidth = times["torch dense"] / seconds, rate * times["plain read"] / read
+        print(f"{name:14}{seconds * 1e3:9.2f}{rate:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
+    faster = times["kernel+lse"] / times["int8+lse"]
+    print(f"8 bits: {less:.2f}x less memory, {faster:.2f}x as fast as {shape.dtype}")
+    yield {"shape": asdict(shape), "seconds": times}
 
 
 def matmul(batch: int) -> Callable[[], object]:
@@ -131,60 +156,42 @@ def matmul(batch: int) -> Callable[[], object]:
     return lambda: left @ right
 
 
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "numba", "xformers", "numpy")},
-    }
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
+    usual = Shape()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--batch", type=int, default=16, help="sequences")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of each")
-    parser.add_argument("--heads", type=int, default=9, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=64, help="head size")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--suite",
+        nargs="?",
+        const="decode,prompts,threads",
+        help="goals beside measured; without a value, all of decode,prompts,threads",
+    )
+    parser.add_argument("--batch", type=int, default=usual.batch, help="sequences")
+    parser.add_argument("--context", type=int, default=usual.context, help="tokens of each")
+    parser.add_argument("--queries", type=int, default=1, help="the last tokens of each that ask")
+    parser.add_argument("--heads", type=int, default=usual.heads, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=usual.kv_heads)
+    parser.add_argument("--dim", type=int, default=usual.dim, help="head size")
+    parser.add_argument("--block-size", type=int, default=usual.block_size)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=usual.dtype)
+    parser.add_argument("--layers", type=int, default=0, help="0: more than caches hold")
+    parser.add_argument("--pages", choices=("huge", "small"), default="huge")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alternate", action="store_true", help="a matmul before each call")
+    parser.add_argument("--alternate", action="store_true", help="a matmul before each pass")
     parser.add_argument("--json", type=Path, help="also write the results there")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     args = parse()
-    setup = prepare(args)
-    before = matmul(args.batch) if args.alternate else None
+    print(json.dumps({**machine(), "pages": args.pages, "seed": args.seed}))
     with torch.inference_mode():
-        times = best_times(contenders(setup), args.rounds, before)
-    read = (setup.key.nbytes + setup.value.nbytes) / 1e9
-    print(
-        f"{args.batch} x {args.context} tokens, {args.heads}/{args.kv_heads} heads of {args.dim}, ",
-        end="",
-    )
-    print(f"block {args.block_size}, {args.dtype}, {read * 1e3:.0f} MB, seed {args.seed}")
-    print(json.dumps(machine()))
-    print(f"{'':14}{'ms':>9}{'GB/s':>8}{'vs torch dense':>16}{'of plain read':>15}")
-    less = args.dim * setup.key.element_size() / (4 * row_words(args.dim))
-    for name, seconds in times.items():
-        rate = read / seconds / (less if name.startswith("int8") else 1)
-        speed, bandwidth = times["torch dense"] / seconds, rate * times["plain read"] / read
-        print(f"{name:14}{seconds * 1e3:9.2f}{rate:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
-    faster = times["kernel+lse"] / times["int8+lse"]
-    print(f"8 bits: {less:.2f}x less memory, {faster:.2f}x as fast as {args.dtype}")
+        found = list(suite(args) if args.suite else single(args))
     if args.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        record = {"schema_version": 1, "config": settings, "seed": args.seed, "seconds": times}
+        record = {"schema_version": 2, "config": settings, "seed": args.seed, "results": found}
         args.json.write_text(json.dumps({**record, "machine": machine()}, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
 """One call of the CPU kernel: torch tensors in, a record of addresses out, run."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,19 +36,42 @@ def run(
 
     Args:
         batch: The bias as `operators._Batch`.
-        prepared: Where the cut of this batch is remembered for the step's further layers.
+        prepared: Where what the step's further layers share is remembered: the cut, the parameters.
         inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] (H of stride 0 if shared),
             or rows of int32 words as `quantize` packs them.
         outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
         scale: Of the scores.
     """
-    query, key, value = inputs
     out, lse, block_lse = outputs
+    threads = torch.get_num_threads()
+    known = (threads, scale, *((x.shape, x.stride(), x.dtype) for x in inputs))
+    if known not in prepared:
+        prepared[known] = _describe(batch, prepared, inputs, scale, threads)
+    call: _Call = prepared[known]
+    params = call.params.copy()
+    entries = 0 if block_lse is None else block_lse.data_ptr()
+    addresses = (*(x.data_ptr() for x in (*inputs, out, lse)), entries)
+    params[at.QUERY : at.TABLE] = addresses
+    launch(call.kind, params, threads)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is the same for all layers of a step: parameters without addresses of tensors."""
+
+    kind: str
+    params: npt.NDArray[np.int64]
+    owned: tuple[object, ...]  # what `params` holds addresses in
+
+
+def _describe(
+    batch: Any, prepared: dict[Any, Any], inputs: Tensors, scale: float, threads: int
+) -> _Call:
+    query, key, value = inputs
     _, tokens, groups, heads, dim = query.shape
     shared = heads == 1 or (key.stride(3) == 0 and value.stride(3) == 0)
     kv_heads, group = (groups, heads) if shared else (groups * heads, 1)
     work = _work(batch, prepared, kv_heads, group, dim)
-    threads = torch.get_num_threads()
     memory = work.memory(threads)
     start = -(-memory.ctypes.data // 64) * 64
     head_step = heads if shared else 1
@@ -62,13 +86,7 @@ def run(
         start + threads * work.scratch_bytes,
         work.arrived.ctypes.data,
     )
-    params[at.QUERY : at.SCALE] = (
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        0 if block_lse is None else block_lse.data_ptr(),
+    params[at.TABLE : at.SCALE] = (
         batch.table.ctypes.data,
         batch.slot_base.ctypes.data,
         *(x.ctypes.data for x in offsets),
@@ -84,7 +102,7 @@ def run(
     )
     params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
     params[at.RUN] = work.run(threads)
-    launch(_KINDS[key.dtype], params, threads)
+    return _Call(_KINDS[key.dtype], params, (batch, work, memory, *offsets))
 
 
 def _head_offsets(x: torch.Tensor, step: int) -> npt.NDArray[np.int64]:

@@ -187,7 +187,7 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
 # ---- compiling and running ----------------------------------------------------------------
 
 
-_PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "wide", "kernel")
+_PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product", "wide", "kernel")
 
 
 def _source_digest() -> str:

@@ -8,8 +8,8 @@ import math
 
 from .simd import LANES, Address, get, kernel, put, word32
 
-TILE = 64  # keys looked at together: their scores fit in a few registers, their rows in L1 or L2
-ROWS = 2 * LANES  # query rows that the wide form holds in registers
+TILE = 128  # keys looked at together: enough to share what a tile costs, few enough for L2
+ROWS = 3 * LANES  # query rows that the wide form holds in registers
 NEVER = -1.0e30  # a running maximum before any key was seen; finite, so differences are numbers
 FAINT = 1.0e-30  # a block's sum below this is taken again against the block's own maximum
 LN2 = math.log(2.0)

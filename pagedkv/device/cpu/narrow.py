@@ -66,7 +66,7 @@ from .simd import (
 )
 from .simd_math import exp2
 
-AHEAD = 16  # keys between the rows asked for and the rows in use
+AHEAD = 16
 
 
 @kernel
@@ -98,12 +98,14 @@ def _narrow_scores(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            ask(e + offset, size)
-            ask(f + offset, size)
-            ask(g + offset, size)
-            ask(h + offset, size)
+            soon = (e + offset, f + offset, g + offset, h + offset)
+            if threes == 0:
+                ask(soon[0], size)
+                ask(soon[1], size)
+                ask(soon[2], size)
+                ask(soon[3], size)
             for _ in range(threes):
-                dots3(sample, rows, q, dim, to)
+                dots3(sample, rows, soon, q, dim, to)
                 q += 3 * dims
                 to += 12 * TILE
             for _ in range(group - 3 * threes):
@@ -141,12 +143,14 @@ def _narrow_values(
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            ask(e + offset, size)
-            ask(f + offset, size)
-            ask(g + offset, size)
-            ask(h + offset, size)
+            soon = (e + offset, f + offset, g + offset, h + offset)
+            if threes == 0:
+                ask(soon[0], size)
+                ask(soon[1], size)
+                ask(soon[2], size)
+                ask(soon[3], size)
             for _ in range(threes):
-                add_rows3(sample, rows, at, dim, to)
+                add_rows3(sample, rows, soon, at, dim, to)
                 at += 12 * TILE
                 to += 3 * dims
             for _ in range(group - 3 * threes):

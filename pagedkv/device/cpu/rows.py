@@ -40,7 +40,12 @@ def ask(row: Address, size: int) -> None:
 
 @kernel
 def dots3(
-    sample: Sample, rows: tuple[Address, ...], query: Address, dim: int, scores: Address
+    sample: Sample,
+    rows: tuple[Address, ...],
+    soon: tuple[Address, ...],
+    query: Address,
+    dim: int,
+    scores: Address,
 ) -> None:
     """Write query . key for the four keys at `rows` and three query rows; dim is whole vectors."""
     f32 = np.float32(0)
@@ -50,6 +55,11 @@ def dots3(
     aq = splat(f32)
     bq, cq, dq, ar, br, cr, dr, at, bt, ct, dt = aq, aq, aq, aq, aq, aq, aq, aq, aq, aq, aq
     for i in range(0, dim, LANES):
+        if i * step % 64 == 0:
+            prefetch(soon[0] + i * step)
+            prefetch(soon[1] + i * step)
+            prefetch(soon[2] + i * step)
+            prefetch(soon[3] + i * step)
         q = load(f32, query + 4 * i)
         r = load(f32, query + stride + 4 * i)
         t = load(f32, query + 2 * stride + 4 * i)
@@ -106,7 +116,12 @@ def dots(
 
 @kernel
 def add_rows3(
-    sample: Sample, rows: tuple[Address, ...], weights: Address, dim: int, acc: Address
+    sample: Sample,
+    rows: tuple[Address, ...],
+    soon: tuple[Address, ...],
+    weights: Address,
+    dim: int,
+    acc: Address,
 ) -> None:
     """acc[0:3] += weights[0:3, 0:4] . the four value rows; dim is whole vectors."""
     f32 = np.float32(0)
@@ -123,6 +138,11 @@ def add_rows3(
     ct, dt = splat(scalar(f32, third + 8) * w), splat(scalar(f32, third + 12) * x)
     stride = 4 * dim
     for i in range(0, dim, LANES):
+        if i * step % 64 == 0:
+            prefetch(soon[0] + i * step)
+            prefetch(soon[1] + i * step)
+            prefetch(soon[2] + i * step)
+            prefetch(soon[3] + i * step)
         to = acc + 4 * i
         q, r, t = load(f32, to), load(f32, to + stride), load(f32, to + 2 * stride)
         value = load(sample, a + i * step)

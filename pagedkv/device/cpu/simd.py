@@ -91,7 +91,8 @@ def const_int(values: list[int]) -> Any:
     return ir.Constant(VEC_I32, [_I32(v) for v in values])
 
 
-def _broadcast(builder: Any, scalar: Any, kind: Any) -> Any:
+def broadcast(builder: Any, scalar: Any, kind: Any) -> Any:
+    """The same number in every lane of a vector of `kind`."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _I32(0))
     zeros = ir.Constant(ir.VectorType(_I32, kind.count), [_I32(0)] * kind.count)
     return builder.shuffle_vector(one, one, zeros)
@@ -99,11 +100,12 @@ def _broadcast(builder: Any, scalar: Any, kind: Any) -> Any:
 
 def _first(builder: Any, count: Any) -> Any:
     """The mask of the first `count` (i64) lanes."""
-    limit = _broadcast(builder, builder.trunc(count, _I32), VEC_I32)
+    limit = broadcast(builder, builder.trunc(count, _I32), VEC_I32)
     return builder.icmp_signed("<", const_int(list(range(LANES))), limit)
 
 
-def _pointer(builder: Any, address: Any, element: Any) -> Any:
+def pointer_to(builder: Any, address: Any, element: Any) -> Any:
+    """An address as LLVM wants it."""
     return builder.inttoptr(address, element.as_pointer())
 
 
@@ -148,7 +150,7 @@ def load(_typing: Any, sample: Any, address: Any) -> Any:
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         element = _element(sample)
-        pointer = _pointer(builder, args[1], ir.VectorType(element, LANES))
+        pointer = pointer_to(builder, args[1], ir.VectorType(element, LANES))
         raw = builder.load(pointer, align=sample.bitwidth // 8)
         return _widen(builder, sample, raw, LANES)
 
@@ -163,7 +165,7 @@ def load_n(_typing: Any, sample: Any, address: Any, count: Any) -> Any:
         element = _element(sample)
         kind = ir.VectorType(element, LANES)
         align = _I32(min(2, sample.bitwidth // 8))
-        args_ = [_pointer(builder, args[1], kind), align, _first(builder, args[2])]
+        args_ = [pointer_to(builder, args[1], kind), align, _first(builder, args[2])]
         name = f"llvm.masked.load.{_named(kind)}."
         raw = call(builder, name + _suffix(kind), kind, [*args_, ir.Constant(kind, None)])
         return _widen(builder, sample, raw, LANES)
@@ -176,7 +178,7 @@ def scalar(_typing: Any, sample: Any, address: Any) -> Any:
     """One stored value at `address`, as fp32."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        raw = builder.load(_pointer(builder, args[1], _element(sample)))
+        raw = builder.load(pointer_to(builder, args[1], _element(sample)))
         return _widen(builder, sample, raw, 0)
 
     return types.float32(sample, types.int64), codegen
@@ -203,7 +205,7 @@ def row_scale(_typing: Any, sample: Any, address: Any) -> Any:
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if sample != types.int8:
             return ir.Constant(_F32, 1.0)  # and the product is left out by the compiler
-        return builder.load(_pointer(builder, args[1], _F32))
+        return builder.load(pointer_to(builder, args[1], _F32))
 
     return types.float32(sample, types.int64), codegen
 
@@ -214,7 +216,7 @@ def get(_typing: Any, record: Any, field: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.int64)
-        return builder.load(builder.gep(_pointer(builder, args[0], _I64), [index]))
+        return builder.load(builder.gep(pointer_to(builder, args[0], _I64), [index]))
 
     return types.int64(types.int64, field), codegen
 
@@ -224,7 +226,7 @@ def word32(_typing: Any, address: Any) -> Any:
     """One int32 at `address`."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(_pointer(builder, args[0], _I32)), _I64)
+        return builder.sext(builder.load(pointer_to(builder, args[0], _I32)), _I64)
 
     return types.int64(types.int64), codegen
 
@@ -235,7 +237,7 @@ def put(_typing: Any, address: Any, value: Any) -> Any:
     kind = _F32 if value == types.float32 else _I64
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], kind))
+        builder.store(args[1], pointer_to(builder, args[0], kind))
         return context.get_dummy_value()
 
     return types.void(types.int64, value), codegen
@@ -246,7 +248,7 @@ def store(_typing: Any, address: Any, value: Any) -> Any:
     """Write LANES fp32 values at `address`."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], VEC), align=4)
+        builder.store(args[1], pointer_to(builder, args[0], VEC), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTOR), codegen
@@ -257,7 +259,7 @@ def prefetch(_typing: Any, address: Any) -> Any:
     """Ask for a line into the second-level cache; an address that is not mapped does no harm."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0], ir.IntType(8))
+        pointer = pointer_to(builder, args[0], ir.IntType(8))
         call(
             builder,
             "llvm.prefetch.p0" + "i8" * _TYPED_POINTERS,
@@ -274,7 +276,7 @@ def atomic_add(_typing: Any, address: Any, amount: Any) -> Any:
     """Add to an int64 that other threads add to; returns what it was (acquire-release)."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), args[1], "acq_rel")
+        return builder.atomic_rmw("add", pointer_to(builder, args[0], _I64), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -285,7 +287,7 @@ def splat(_typing: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number = context.cast(builder, args[0], signature.args[0], types.float32)
-        return _broadcast(builder, number, VEC)
+        return broadcast(builder, number, VEC)
 
     return VECTOR(value), codegen
 
@@ -367,7 +369,7 @@ def put_totals4(
         factors = ir.Constant(sums.type, ir.Undefined)
         for i, factor in enumerate(args[5:]):
             factors = builder.insert_element(factors, factor, _I32(i))
-        pointer = _pointer(builder, args[0], sums.type)
+        pointer = pointer_to(builder, args[0], sums.type)
         builder.store(builder.fmul(sums, factors), pointer, align=4)
         return context.get_dummy_value()
 

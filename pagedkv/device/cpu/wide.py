@@ -36,13 +36,13 @@ from .layout import (
     pad,
     visible,
 )
+from .product import HEIGHT, product, product_onto
 from .simd import (
     LANES,
     Address,
     Sample,
     Vector,
     add,
-    fma,
     get,
     kernel,
     lead,
@@ -109,7 +109,7 @@ def _widen(
     dim: int,
     target: Address,
 ) -> None:
-    """Copy `count` rows to fp32 rows of padded length; zero rows up to the next four."""
+    """Copy `count` rows to fp32 rows of padded length; zero rows up to the next HEIGHT."""
     dims = pad(dim, LANES)
     for j in range(count):
         scale = splat(row_scale(sample, source + get(places, j)))
@@ -120,7 +120,7 @@ def _widen(
                 store(to + 4 * i, mul(load(sample, at + i * width(sample)), scale))
             else:
                 store(to + 4 * i, mul(load_n(sample, at + i * width(sample), dim - i), scale))
-    for i in range(count * dims, pad(count, 4) * dims, LANES):
+    for i in range(count * dims, pad(count, HEIGHT) * dims, LANES):
         store(target + 4 * i, splat(np.float32(0)))
 
 
@@ -128,36 +128,11 @@ def _widen(
 def _wide_scores(
     keys: Address, count: int, dim: int, query: Address, rows: int, scores: Address
 ) -> None:
-    """scores[j, :] = keys[j] . query[:, row : row + ROWS], four keys at a time."""
-    f32 = np.float32(0)
+    """scores[j, :] = keys[j] . query[:, row : row + ROWS]."""
     stride = 4 * pad(dim, LANES)
-    for j in range(0, count, 4):
-        at = keys + stride * j
-        q = query
-        a0 = splat(f32)
-        a1, b0, b1, c0, c1, d0, d1 = a0, a0, a0, a0, a0, a0, a0
-        for _ in range(dim):
-            q0 = load(f32, q)
-            q1 = load(f32, q + 4 * LANES)
-            a = splat(scalar(f32, at))
-            b = splat(scalar(f32, at + stride))
-            c = splat(scalar(f32, at + 2 * stride))
-            d = splat(scalar(f32, at + 3 * stride))
-            a0, a1 = fma(a, q0, a0), fma(a, q1, a1)
-            b0, b1 = fma(b, q0, b0), fma(b, q1, b1)
-            c0, c1 = fma(c, q0, c0), fma(c, q1, c1)
-            d0, d1 = fma(d, q0, d0), fma(d, q1, d1)
-            q += 4 * rows
-            at += 4
+    for j in range(0, count, HEIGHT):
         to = scores + 4 * ROWS * j
-        store(to, a0)
-        store(to + 4 * LANES, a1)
-        store(to + 8 * LANES, b0)
-        store(to + 12 * LANES, b1)
-        store(to + 16 * LANES, c0)
-        store(to + 20 * LANES, c1)
-        store(to + 24 * LANES, d0)
-        store(to + 28 * LANES, d1)
+        product(keys + stride * j, stride, 4, query, 4 * rows, dim, to, 4 * ROWS)
 
 
 @kernel
@@ -166,49 +141,15 @@ def _wide_values(
     count: int,
     dim: int,
     weights: Address,
-    alpha0: Vector,
-    alpha1: Vector,
+    alphas: Address,
     acc: Address,
     rows: int,
 ) -> None:
-    """acc[d, :] = acc[d, :] * alpha + sum_j values[j, d] * weights[j, :], four d at a time."""
-    f32 = np.float32(0)
+    """acc[d, :] = acc[d, :] * alpha + sum_j values[j, d] * weights[j, :]."""
     stride = 4 * pad(dim, LANES)
-    for i in range(0, dim, 4):
+    for i in range(0, dim, HEIGHT):
         to = acc + 4 * rows * i
-        a0, a1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
-        to += 4 * rows
-        b0, b1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
-        to += 4 * rows
-        c0, c1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
-        to += 4 * rows
-        d0, d1 = mul(load(f32, to), alpha0), mul(load(f32, to + 4 * LANES), alpha1)
-        at = values + 4 * i
-        p = weights
-        for _ in range(count):
-            p0 = load(f32, p)
-            p1 = load(f32, p + 4 * LANES)
-            a = splat(scalar(f32, at))
-            b = splat(scalar(f32, at + 4))
-            c = splat(scalar(f32, at + 8))
-            d = splat(scalar(f32, at + 12))
-            a0, a1 = fma(a, p0, a0), fma(a, p1, a1)
-            b0, b1 = fma(b, p0, b0), fma(b, p1, b1)
-            c0, c1 = fma(c, p0, c0), fma(c, p1, c1)
-            d0, d1 = fma(d, p0, d0), fma(d, p1, d1)
-            at += stride
-            p += 4 * ROWS
-        store(to, d0)
-        store(to + 4 * LANES, d1)
-        to -= 4 * rows
-        store(to, c0)
-        store(to + 4 * LANES, c1)
-        to -= 4 * rows
-        store(to, b0)
-        store(to + 4 * LANES, b1)
-        to -= 4 * rows
-        store(to, a0)
-        store(to + 4 * LANES, a1)
+        product_onto(values + 4 * i, 4, stride, weights, 4 * ROWS, count, to, 4 * rows, alphas)
 
 
 @kernel
@@ -268,7 +209,8 @@ def _wide_tile(
     query, acc, state, see, keys, values, scores, lines = places
     dim = get(params, HEAD_DIM)
     weights = scores + 4 * TILE * ROWS
-    logs = weights + 4 * TILE * ROWS
+    alphas = weights + 4 * TILE * ROWS
+    logs = alphas + 4 * ROWS
     last = get(item, NUM_QUERIES) - 1
     masked = get(params, WINDOW) > 0 or first + count > visible(params, item, 0)
     # Rows are in query order: the vectors before `begin` see nothing of this tile.
@@ -282,15 +224,13 @@ def _wide_tile(
         _wide_scores(keys, count, dim, query + 4 * row, rows, scores)
         if masked:
             _mask(scores, first, count, see + 4 * row, rows)
-        half = 4 * LANES
-        a0, top0 = _wide_softmax(scores, count, weights, state + 4 * row, rows)
-        a1, top1 = _wide_softmax(scores + half, count, weights + half, state + 4 * row + half, rows)
-        if get(params, BLOCK_LSE) != 0:
-            at = lines + 8 * row
-            wide_blocks(params, first, count, top0, scores, weights, at, logs)
-            at += 8 * LANES
-            wide_blocks(params, first, count, top1, scores + half, weights + half, at, logs)
-        _wide_values(values, count, dim, weights, a0, a1, acc + 4 * row, rows)
+        for part in range(0, 4 * ROWS, 4 * LANES):
+            s, w = scores + part, weights + part
+            alpha, top = _wide_softmax(s, count, w, state + 4 * row + part, rows)
+            store(alphas + part, alpha)
+            if get(params, BLOCK_LSE) != 0:
+                wide_blocks(params, first, count, top, s, w, lines + 8 * row + 2 * part, logs)
+        _wide_values(values, count, dim, weights, alphas, acc + 4 * row, rows)
 
 
 @kernel
@@ -318,7 +258,7 @@ def run_wide(
     keys = see + 8 * rows
     values = keys + 4 * TILE * deep
     scores = values + 4 * TILE * deep
-    lines = scores + 4 * (2 * TILE + 1) * ROWS
+    lines = scores + 4 * (2 * TILE + 2) * ROWS
     key_at = lines + 8 * rows
     value_at = key_at + 8 * TILE
     _load_rows(asked, params, item, rows, query, state, see)

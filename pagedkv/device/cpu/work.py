@@ -20,7 +20,7 @@ __all__ = ["Shape", "Work", "cut"]
 Ints = npt.NDArray[np.int64]
 
 _WIDE_FROM = 16  # query rows per KV head from which lanes over rows pay
-_WIDE_ROWS = 96  # query rows of one wide item
+_WIDE_ROWS = 192  # query rows of one wide item
 _NARROW_SPAN = 256  # keys of a span in decode: short enough that one long row uses all cores
 _RUNS = 16  # runs of items for each thread: enough that a slow core costs little
 _WIDE_SPAN = 1024
@@ -154,7 +154,7 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
     padded = _up(rows, at.ROWS) * at.ROWS
     narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 6)
     wide = 8 * dims * padded + 24 * padded + 8 * at.TILE * dims
-    wide = wide + 4 * (2 * at.TILE + 1) * at.ROWS + 16 * at.TILE
+    wide = wide + 4 * (2 * at.TILE + 2) * at.ROWS + 16 * at.TILE
     scratch = int(np.where(items[:, at.WIDE] != 0, wide, narrow).max(initial=0))
     cost = (items[:, at.KEY_HIGH] - items[:, at.KEY_LOW]) * rows
     order = np.argsort(-cost, kind="stable")
