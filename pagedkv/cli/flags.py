@@ -102,7 +102,11 @@ def _add_field(group: Any, section: str, field: Any, help_text: str, default: An
         }
         options["help"] += " (may be given more than once)"
     elif isinstance(kind, msgspec.inspect.BoolType):
-        options["action"] = argparse.BooleanOptionalAction
+        words = [part for part in parts if isinstance(part, msgspec.inspect.LiteralType)]
+        if words:  # on, off or a word
+            options |= _switch_or_word([str(word) for word in words[0].values])
+        else:
+            options["action"] = argparse.BooleanOptionalAction
     elif isinstance(kind, msgspec.inspect.LiteralType):
         options["choices"] = list(kind.values)
     else:
@@ -111,6 +115,18 @@ def _add_field(group: Any, section: str, field: Any, help_text: str, default: An
         options["type"] = _or_none(parse) if optional else parse
         options["metavar"] = "SIZE" if field.name.endswith("_bytes") else _word(kind)
     group.add_argument(flag, **options)
+
+
+def _switch_or_word(words: list[str]) -> dict[str, Any]:
+    """Return the options of a flag that is on, off or one of the words."""
+    known: dict[str, bool | str] = {"on": True, "off": False} | {word: word for word in words}
+
+    def parse(text: str) -> bool | str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+        return known[text]
+
+    return {"type": parse, "metavar": "|".join(known)}
 
 
 def _with_default(text: str, default: Any) -> str:

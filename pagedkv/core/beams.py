@@ -213,7 +213,7 @@ class Beams:
 
     def faulty(self, plan: StepPlan, result: StepResult, vocab_size: int) -> Bool:
         """Return which samples are of beams and name candidates that are no tokens: [S]."""
-        mine = self.covers[plan.sample_rows] if self else np.zeros(len(plan.sample_rows), np.bool_)
+        mine: Bool = self.covers[plan.sample_rows]
         if mine.any():
             ids, logprobs = np.asarray(result.top_ids), np.asarray(result.top_logprobs)
             used = np.arange(ids.shape[1]) < plan.sampling.num_logprobs[:, None]

@@ -257,7 +257,8 @@ class Scheduler:
         self._roster.fork_siblings()
         vocab_size = self.config.model.vocab_size
         failed = (drawn < 0) | (drawn >= vocab_size)
-        failed |= self._beams.faulty(plan, result, vocab_size)
+        if self._beams:
+            failed |= self._beams.faulty(plan, result, vocab_size)
         self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
         self._roster.end_failed(plan.rows, broken, "what it attended to was not finite")
         sample = self.table.runs[plan.sample_rows].nonzero()[0]

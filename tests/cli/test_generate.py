@@ -97,6 +97,17 @@ def test_all_sampling_flags_reach_the_engine(cli, asked):
     assert penalties == (1.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", True), ("off", False), ("never", "never")])
+def test_a_beam_search_may_be_asked_for(cli, asked, word, value):
+    cli(
+        *("generate", "--beam-width", "4", "--n", "3", "--length-penalty", "0.5"),
+        *("--early-stopping", word, "a prompt"),
+    )
+    ((_, params),) = asked
+    assert (params.beam_width, params.n, params.length_penalty) == (4, 3, 0.5)
+    assert params.early_stopping is value or params.early_stopping == value == "never"
+
+
 def test_chat_uses_the_template(cli, asked, tmp_path):
     path = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

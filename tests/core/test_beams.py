@@ -1,5 +1,6 @@
 """Beams of one request step together: what they find is what a plain search alone would find."""
 
+import sys
 import zlib
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+import pagedkv.core.beams as beams_module
 from pagedkv import InvalidRequest, InvalidTransition, NeverFits, SamplingParams, StepResult
 from pagedkv.core.runlog import RunLog, plan_bytes, replay
 from tests.core.fakes import VOCAB, Driver, RecordingExecutor, alone, make_config, make_request
@@ -355,3 +357,32 @@ def test_guaranteed_admission_refuses_a_search_that_could_outgrow_the_pool():
     driver = BeamDriver(make_config(4, 12, admission="guaranteed"))
     with pytest.raises(NeverFits):
         driver.add(beams("a", 9, width=4, max_tokens=30))
+
+
+def test_a_step_without_beams_asks_only_whether_there_are_any():
+    """Nothing else of `core/beams.py` is entered, so no array is made for them."""
+
+    def entered(count):
+        driver = Driver(make_config(4, 100))
+        for i in range(count):
+            driver.add(make_request(f"r{i}", [i] * 5, max_tokens=9))
+        for _ in range(3):
+            driver.step()
+        plan = driver.scheduler.schedule()
+        result = driver.executor.execute(plan)
+        seen, before = [], sys.gettrace()
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename == beams_module.__file__:
+                seen.append(frame.f_code.co_name)
+
+        sys.settrace(trace)
+        try:
+            driver.scheduler.commit(plan, result)
+            driver.scheduler.schedule()
+        finally:
+            sys.settrace(before)
+        return seen
+
+    assert entered(1) == entered(8)
+    assert set(entered(1)) == {"__bool__", "check"}
