@@ -61,9 +61,11 @@ def pagedkv_system(options: argparse.Namespace, work: dict[str, int]) -> tuple[R
     import torch
 
     import pagedkv
+    from pagedkv.eviction.language import format_policy, policy
 
     torch.set_num_threads(options.threads)
-    policy = pagedkv.policy(options.policy, budget=work["budget"]) if work["budget"] else "full"
+    budget = work["budget"]
+    eviction = format_policy(policy(options.policy, budget=budget)) if budget else "full"
     llm = pagedkv.LLM(
         options.directory,
         num_blocks=work["pool"] // 16,
@@ -71,7 +73,7 @@ def pagedkv_system(options: argparse.Namespace, work: dict[str, int]) -> tuple[R
         max_num_seqs=work["requests"],
         max_num_batched_tokens=STEP_TOKENS,
         enable_prefix_caching=False,
-        eviction=policy,
+        eviction=eviction,
     )
     steps: Steps = []
     schedule = llm.scheduler.schedule
