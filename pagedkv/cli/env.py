@@ -85,10 +85,17 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
     for dtype in DTYPES:
         try:
             operator = choose_operator("cpu", getattr(torch, dtype)).NAME
-            facts[dtype] = f"{operator}, {_kernel(dtype) if compile_kernels else _on_disk()}"
+            state = _kernel(dtype) if compile_kernels else _on_disk()
+            facts[dtype] = f"{operator}, {_lanes()}, {state}"
         except UnsupportedBackend as fault:
             facts[dtype] = f"none: {fault}"
     return facts
+
+
+def _lanes() -> str:
+    from pagedkv.device.cpu.simd import LANES
+
+    return f"{LANES} lanes of fp32"
 
 
 def _kernel(dtype: str) -> str:
@@ -104,12 +111,12 @@ def _on_disk() -> str:
     from pagedkv.device.cpu import kernel
 
     here = Path(kernel.__file__).parent
-    newest = max(path.stat().st_mtime for path in (*here.glob("cpu_*.py"), here / "simd.py"))
+    newest = max(path.stat().st_mtime for path in kernel.sources())
     folder = os.environ.get("NUMBA_CACHE_DIR")
     found = Path(folder).rglob("kernel.*.nbc") if folder else here.rglob("kernel.*.nbc")
     if any(path.stat().st_mtime > newest for path in found):
         return "kernel cached on disk"
-    return "kernel compiles at first use"
+    return "kernel compiles when an engine is made"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

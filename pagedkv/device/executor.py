@@ -24,7 +24,11 @@ class TorchExecutor:
         model: What `load_model` gave.
         store: Blocks for at least as many ids as the scheduler hands out.
         layout: The scheduler's groups; one for everything if omitted.
-        operator: The xformers operator that attends.
+        operator: The xformers operator that attends; ours for the CPU is compiled here, so that no
+            step waits for it.
+
+    Raises:
+        UnsupportedBackend: The CPU operator cannot be compiled for what the store holds.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class TorchExecutor:
         self.store = store
         self.layout = layout or one_group(model.geometry)
         self.operator = operator
+        if operator is CpuPagedOp:
+            CpuPagedOp.get_ready(store.keys.dtype)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Move and copy, run the packed tokens through the model, draw a token per sample.

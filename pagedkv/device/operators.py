@@ -304,6 +304,19 @@ class CpuPagedOp(PagedOp):
     NAME = "pagedkv_cpu"
 
     @classmethod
+    def get_ready(cls, dtype: torch.dtype) -> None:
+        """Compile the kernel for caches of `dtype` now and not in the first step.
+
+        Raises:
+            UnsupportedBackend: It cannot be compiled here.
+
+        Cost: 10-20 s once per machine and kind of storage, 0.2 s per process from then on.
+        """
+        from .cpu import call
+
+        call.get_ready(dtype)
+
+    @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
         """Run attention; returns (out, Context(out, lse)).
 

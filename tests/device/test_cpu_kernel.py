@@ -1,16 +1,22 @@
 """What the kernel's parts promise apart from attention: the cut, the threads, the import."""
 
+import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pagedkv.device.cpu import kernel, layout
+from pagedkv.device.cpu import call, kernel, layout
 from pagedkv.device.cpu.work import Shape, cut
+from pagedkv.device.executor import TorchExecutor
+from pagedkv.device.store import KVStore
 from pagedkv.errors import UnsupportedBackend
+from tests.device.eviction_oracle import build_model
 
 
 def shape(**changes: int) -> Shape:
@@ -95,6 +101,19 @@ def test_failing_to_compile_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) ->
         kernel._worker.__wrapped__("float32")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "float32"), (torch.int8, "int8")], ids=["fp32", "int8"]
+)
+def test_the_kernel_is_compiled_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(call, "warmup", compiled.extend)
+    model = build_model("llama")
+    TorchExecutor(model, KVStore(model.geometry, 4, 4, dtype=dtype))
+    assert compiled == [kind]
+
+
 def test_fp16_needs_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "HAS_HALF", False)
     with pytest.raises(UnsupportedBackend, match="converts fp16"):
@@ -111,3 +130,31 @@ def test_importing_compiles_nothing_and_warns_of_nothing() -> None:
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+EIGHT_LANES = """
+import llvmlite.binding as llvm
+features = dict(llvm.get_host_cpu_features())
+llvm.get_host_cpu_features = lambda: {k: v for k, v in features.items() if "512" not in k}
+from pagedkv.device.cpu import simd
+assert simd.LANES == 8
+from tests.device.test_operators import agree, make
+for dim in (20, 64):
+    agree(make(heads=9, kv_heads=3, dim=dim))
+    agree(make(heads=4, kv_heads=1, dim=dim), window=50)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere 8 lanes are what there is")
+def test_eight_lanes_as_on_a_processor_without_avx512() -> None:
+    """Compiles a kernel of its own, once: numba caches by the processor it is told of."""
+    told = {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_LANES],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr

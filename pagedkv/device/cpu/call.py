@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 
 from . import layout as at
-from .kernel import launch
+from .kernel import launch, warmup
 from .work import Shape, Work, cut
 
-__all__ = ["run"]
+__all__ = ["get_ready", "run"]
 
 _KINDS = {
     torch.float32: "float32",
@@ -23,6 +23,16 @@ _KINDS = {
 _LOG2_E = 1.0 / math.log(2.0)
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def get_ready(dtype: torch.dtype) -> None:
+    """Compile the kernel for keys and values stored as `dtype`, or load it from disk.
+
+    Raises:
+        UnsupportedBackend: It cannot be compiled here.
+    """
+    if dtype in _KINDS:  # others are refused by the operator, by name
+        warmup((_KINDS[dtype],))
 
 
 def run(

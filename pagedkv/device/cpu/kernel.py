@@ -81,7 +81,7 @@ from .simd import (
 )
 from .wide import run_wide
 
-__all__ = ["KINDS", "launch", "warmup"]
+__all__ = ["KINDS", "launch", "sources", "warmup"]
 
 # How keys and values are stored; queries likewise, but in fp32 beside int8.
 KINDS = ("float32", "float16", "bfloat16", "int8")
@@ -190,11 +190,15 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
 _PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product", "wide", "kernel")
 
 
+def sources() -> list[Path]:
+    """The files that a compiled kernel depends on."""
+    here = Path(__file__).parent
+    return [here / f"{part}.py" for part in _PARTS]
+
+
 def _source_digest() -> str:
     """A hash of the kernel's files: numba's disk cache looks at one of them only."""
-    here = Path(__file__).parent
-    files = [here / f"{part}.py" for part in _PARTS]
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
 
 
 @cache
