@@ -1,4 +1,4 @@
-"""The narrow form of the CPU kernel, for decode: one query row at a time.
+"""The narrow form of the CPU kernel, for decode: few query rows, keys walked once.
 
 Lanes run over the head size for scores and values, and over keys for the softmax. All KV heads of
 a block are read together, so memory is walked once and in order; a group's query rows find the

@@ -47,7 +47,10 @@ def dots3(
     dim: int,
     scores: Address,
 ) -> None:
-    """Write query . key for the four keys at `rows` and three query rows; dim is whole vectors."""
+    """Write query . key for the four keys at `rows` and three query rows; dim is whole vectors.
+
+    The four rows at `soon` are asked for on the way: spread out, requests do not queue.
+    """
     f32 = np.float32(0)
     skip, step = lead(sample), width(sample)
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
@@ -123,7 +126,7 @@ def add_rows3(
     dim: int,
     acc: Address,
 ) -> None:
-    """acc[0:3] += weights[0:3, 0:4] . the four value rows; dim is whole vectors."""
+    """acc[0:3] += weights[0:3, 0:4] . the four value rows; the rest as for `dots3`."""
     f32 = np.float32(0)
     step, skip = width(sample), lead(sample)
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
