@@ -173,7 +173,7 @@ class Admission:
         One that was preempted needs a block more for each that runs, so that it is not pushed
         back at the next boundary that any of them crosses.
         """
-        if len(seq.group) > len(self._table.free_rows):
+        if len(seq.group) > self._table.num_free_rows:
             return False
         available = self._manager.pool.num_available
         mine = self._need(seq, hits)

@@ -100,7 +100,7 @@ class Intake:
         """
         rows: list[int] = []
         counts: list[int] = []
-        if not self._roster.waiting or budget <= 0 or not self._table.has_free_row:
+        if not self._roster.waiting or budget <= 0 or not self._table.num_free_rows:
             return np.array(rows, np.int32), np.array(counts, np.int32)
         alone = len(self._roster.waiting) == 1 and not len(self._table.running)
         chunk = (0 if alone else self._limits.long_prefill_token_threshold) or budget

@@ -72,7 +72,7 @@ class BlockManager:
         A hit that nobody holds counts: adopting it makes it unavailable to others.
         """
         full = min(-(-len(seq.token_ids) // self.block_size), seq.max_blocks) - len(hits)
-        revived = int((self.pool.ref_count[hits] == 0).sum())
+        revived = int((self.pool.ref_count[hits] == 0).sum()) if len(hits) else 0
         return full * self.num_groups + revived
 
     def pledged_blocks(self, rows: Int32) -> int:
@@ -85,6 +85,8 @@ class BlockManager:
         """Let a bound sequence start from the blocks that `find_prefix` returned."""
         row, count = seq.row, len(hits)
         tokens = count * self.block_size
+        if not count:  # a bound row is empty
+            return
         self.pool.share(hits.ravel())
         counts = np.full((self.num_groups, 1), count, np.int32)
         rows = np.array([row], np.int32)

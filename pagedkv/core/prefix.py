@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
 
 __all__ = ["PrefixIndex", "block_digest", "extend_chain", "runs"]
 
@@ -117,24 +117,25 @@ class PrefixIndex:
         self.entry_of[block_ids] = entry
         return True
 
-    def insert_many(self, digests: Ids[bytes], block_ids: Int32) -> list[int]:
+    def insert_many(self, digests: Ids[bytes], block_ids: Int32) -> Int64:
         """Make sealed blocks findable, as `insert` does one: [N] hashes, [N, num_groups] blocks.
 
         Returns:
-            The indices of those that were new.
+            The indices of those that were new, ascending.
         """
-        first = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
-        fresh = list(range(len(digests)))
-        if len(first) < len(digests) or not self._entries.keys().isdisjoint(first):
-            fresh = sorted(i for digest, i in first.items() if digest not in self._entries)
-            digests, block_ids = [digests[i] for i in fresh], block_ids[fresh]
+        fresh = np.arange(len(digests))
+        if len(set(digests)) < len(digests) or self.knows_any(digests):
+            first = dict(zip(reversed(digests), reversed(range(len(digests))), strict=True))
+            new = [i for digest, i in first.items() if digest not in self._entries]
+            fresh = np.array(sorted(new), np.int64)
+            digests, block_ids = [digests[i] for i in fresh.tolist()], block_ids[fresh]
         while len(self._unused) < len(digests):
             self._grow()
         keep = len(self._unused) - len(digests)
         taken = self._unused[keep:]
         del self._unused[keep:]
         self._entries.update(zip(digests, taken, strict=True))
-        entries = np.array(taken, np.int32)
+        entries = np.array(taken, np.intp)
         self._hashes[entries] = digests
         self._blocks[entries] = block_ids
         self.entry_of[block_ids] = entries[:, None]

@@ -51,9 +51,10 @@ class Publisher:
         groups = np.arange(table.num_groups)[:, None]
         blocks: Int32 = table.block_table[groups, row, block - gone].T
         fresh = self._index.insert_many(digests, blocks)
-        self._pool.cached.stored(blocks[fresh], table.priority[row[fresh], None])
+        if self._pool.cached.order == "priority":
+            self._pool.cached.stored(blocks[fresh], table.priority[row[fresh], None])
         if self.records:
-            self._record(rows, first, counts, fresh)
+            self._record(rows, first, counts, fresh.tolist())
 
     def digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
         """Return the hashes of the blocks ``first`` to ``end`` of each row, whose tokens are known.
@@ -102,7 +103,8 @@ class Publisher:
         found = ids[self._index.findable(ids)]
         if len(found):
             hashes, blocks = self._index.remove(found)
-            self._pool.forget(blocks)
+            if len(blocks) > len(found):  # other groups' as well, which may be cached
+                self._pool.forget(blocks)
             if self.records:
                 self._events.append(BlockRemoved(block_hashes=[short_hash(h) for h in hashes]))
         return found

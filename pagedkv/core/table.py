@@ -135,9 +135,9 @@ class SequenceTable:
         return np.flatnonzero(self.seq_id == FREE).astype(np.int32)
 
     @property
-    def has_free_row(self) -> bool:
-        """Whether any row is free."""
-        return bool((self.seq_id == FREE).any())
+    def num_free_rows(self) -> int:
+        """How many rows are free."""
+        return self.num_rows - int(np.count_nonzero(self.seq_id != FREE))
 
     def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
         """Write a sequence's facts into a row: its tokens, limits and sampling columns.

@@ -53,7 +53,7 @@ def stream_lanes(streams: Int64 | UInt64) -> Int64:
 
 def lane_tokens(lanes: Int64, offsets: Int64 | Int32) -> Int32:
     """Return the token at each offset of each stream, from `stream_lanes`; they broadcast."""
-    lane = np.where(offsets % 2 == 0, lanes[0], lanes[1])
+    lane = np.where(offsets & 1, lanes[1], lanes[0])
     tokens: Int32 = ((lane + offsets * _STEP) & _LANE).astype(np.int32)
     return tokens
 

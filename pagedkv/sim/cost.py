@@ -195,30 +195,46 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
 def leap_work(leap: Leap, block_size: int) -> StepWork:
     """Return the work of each step of a leap: [steps] per field; that of its plans, to the bit."""
     # Sums of integers and halves of them, which float64 holds exactly in any order.
-    first, then, resident = leap.decision.batch, leap.then, leap.resident
-    groups, held = len(resident), int(resident.sum())
-    more = int(then.sum())
-    chunk = more - len(then) + 1  # what the last row computes; 1 if it draws like the others
+    batch, resident = leap.decision.batch, leap.resident
+    groups, held, rows = len(resident), int(resident.sum()), len(leap.then)
+    _, _, moves, swaps, copies = leap.decision
+    context = held + groups * batch.num_tokens
+    pairs = held + groups * rows / 2
+    if not batch.decodes:
+        counts = batch.counts.astype(np.int64)
+        pairs = int((resident @ counts).sum()) + groups * int(counts @ counts) / 2
+    first = StepWork(
+        num_tokens=batch.num_tokens,
+        context_tokens=context / groups,
+        attention_pairs=pairs / groups,
+        copied_tokens=(len(copies) * block_size + len(moves)) / groups,
+        swapped_tokens=(len(swaps[0]) + len(swaps[1])) * block_size / groups,
+    )
+    return first if leap.steps == 1 else _repeated(leap, first, context)
+
+
+def _repeated(leap: Leap, first: StepWork, context: int) -> StepWork:
+    """Return the work of all steps of a leap: that of the first, and of those like it.
+
+    Args:
+        context: Resident tokens after the first step, over all groups.
+    """
+    groups, rows, more = len(leap.resident), len(leap.then), int(leap.then.sum())
     repeat: Float64 = np.arange(-1, leap.steps - 1, dtype=np.float64)  # 0 is the second step
     tokens = np.full(leap.steps, more, np.float64)
     tokens[0] = first.num_tokens
-    context = (held + groups * first.num_tokens) + (repeat + 1) * (groups * more)
-    before = held + groups * first.num_tokens
+    chunk = more - rows + 1  # what the last row computes; 1 if it draws like the others
+    base = context
     if chunk > 1:
-        before += (chunk - 1) * int((resident[:, -1] + first.counts[-1]).sum())
-    square = groups * (len(then) - 1 + chunk * chunk)
-    pairs = before + (repeat + 0.5) * square
-    pairs[0] = held + groups * len(then) / 2
-    if not first.decodes:
-        counts = first.counts.astype(np.int64)
-        pairs[0] = int((resident @ counts).sum()) + groups * int(counts @ counts) / 2
-    _, _, moves, swaps, copies = leap.decision
-    copied = (len(copies) * block_size + len(moves)) / groups
-    swapped = (len(swaps[0]) + len(swaps[1])) * block_size / groups
+        last = leap.resident[:, -1] + leap.decision.batch.counts[-1]
+        base += (chunk - 1) * int(last.sum())
+    pairs = (base + (repeat + 0.5) * (groups * (rows - 1 + chunk * chunk))) / groups
+    pairs[0] = first.attention_pairs
+    copied, swapped = first.copied_tokens, first.swapped_tokens
     return StepWork(
         num_tokens=tokens,
-        context_tokens=context / groups,
-        attention_pairs=pairs / groups,
+        context_tokens=(context + (repeat + 1) * (groups * more)) / groups,
+        attention_pairs=pairs,
         copied_tokens=(repeat < 0) * copied if copied else 0,
         swapped_tokens=(repeat < 0) * swapped if swapped else 0,
     )

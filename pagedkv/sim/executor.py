@@ -76,7 +76,7 @@ class CostExecutor:
     def leap_seconds(self, leap: Leap) -> Float64:
         """Return how long each step of a leap takes: [steps]."""
         work = leap_work(leap, self._block_size)
-        seconds: Float64 = np.broadcast_to(self.cost.seconds(work), (leap.steps,))
+        seconds: Float64 = np.atleast_1d(self.cost.seconds(work))
         return seconds
 
     def leap_tokens(self, table: SequenceTable, rows: Int64, num_steps: int) -> Int32:

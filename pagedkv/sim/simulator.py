@@ -136,8 +136,8 @@ class Replica:
             return None
         rows = leap.decision.batch.rows
         seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
-        ends = np.cumsum(np.append(self.clock, seconds))[1:]
-        steps = min(leap.steps, int(np.searchsorted(ends, until)) + 1)
+        ends = np.array(list(itertools.accumulate(seconds.tolist(), initial=self.clock))[1:])
+        steps = min(leap.steps, int(ends.searchsorted(until)) + 1)
         tokens = self.executor.leap_tokens(scheduler.table, leap.drawing, steps)
         pool = Pool.of(scheduler.manager)
         leap = extend_leap(scheduler, leap, tokens)
