@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,10 @@ from pagedkv import (
     StepResult,
 )
 from pagedkv.cli.machine import machine, versions
+from pagedkv.core.arrays import Int32
 from pagedkv.core.plan import Observed
 from pagedkv.core.pool import BlockPool
-from pagedkv.core.prefix import extend_chain
+from pagedkv.core.prefix import PrefixIndex, extend_chain
 from pagedkv.core.table import ENTRY_COLUMNS
 
 PROMPT = 64
@@ -121,17 +121,28 @@ def pool_costs(num_blocks: int, batch: int, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         pool.release(pool.allocate(batch), blank)
     allocate_free = time.thread_time() - begin
-    pool.release(pool.allocate(num_blocks), np.ones(num_blocks, np.bool_))
-    begin = time.thread_time()
-    for _ in range(rounds):
-        pool.release(pool.allocate(batch), ~blank)
-    reclaim = time.thread_time() - begin
-    per = 1e6 / rounds / batch
+    index, reclaim = PrefixIndex(num_blocks), 0.0
+    fills = max(1, batch * rounds // num_blocks)
+    for _ in range(fills):
+        ids = pool.allocate(num_blocks)
+        index.insert_many([os.urandom(16) for _ in range(num_blocks)], ids[:, None])
+        pool.release(ids, ~np.zeros(num_blocks, np.bool_))
+        begin = time.thread_time()
+        taken = [_reclaim(pool, index, batch) for _ in range(num_blocks // batch)]
+        for ids in taken:
+            pool.release(ids, blank)
+        reclaim += time.thread_time() - begin
     return {
         "num_blocks": num_blocks,
-        "allocate_free": allocate_free * per,
-        "reclaim_free": reclaim * per,
+        "allocate_free": allocate_free / rounds / batch * 1e6,
+        "reclaim_free": reclaim / fills / num_blocks * 1e6,
     }
+
+
+def _reclaim(pool: BlockPool, index: PrefixIndex, count: int) -> Int32:
+    ids = pool.allocate(count)
+    index.remove(ids[index.findable(ids)])
+    return ids
 
 
 def hash_cost(tokens: int, seed: int) -> float:
@@ -144,29 +155,19 @@ def hash_cost(tokens: int, seed: int) -> float:
 
 
 def memory(running: int, steps: int, seed: int) -> dict[str, float]:
-    """Bytes of the control plane's arrays, and of the prefix index when the cache is full."""
+    """Bytes of the control plane's arrays per pool block, findable or not, and per table entry."""
     sched = scheduler(running, steps, seed)
     plan = sched.schedule()
     sched.commit(plan, answer(plan, np.random.default_rng(seed)))
     for i in range(running):
         sched.abort(str(i))
     pool, index, table = sched.manager.pool, sched.manager.index, sched.table
-    arrays = [
-        pool.ref_count,
-        pool._mark,
-        pool._blank,
-        pool.cached._level,
-        pool.cached._place,
-        index.entry_of,
-    ]
-    arrays += [line.ids for line in pool.cached._lines.values()]
-    entry = sum(getattr(table, name).itemsize for name in ENTRY_COLUMNS)
-    known = sys.getsizeof(index._entries) + sys.getsizeof(index._hashes) + index._blocks.nbytes
-    known += sum(map(sys.getsizeof, index._entries))
+    columns = (value for owner in (pool, pool.cached, index) for value in vars(owner).values())
+    arrays = {id(value): value for value in columns if isinstance(value, np.ndarray)}
+    held = [*arrays.values(), *(line.ids for line in pool.cached._lines.values())]
     return {
-        "per_block": sum(array.nbytes for array in arrays) / pool.num_blocks,
-        "per_entry": float(entry),
-        "per_findable_block": known / max(1, len(index)),
+        "per_block": sum(array.nbytes for array in held) / pool.num_blocks,
+        "per_entry": float(sum(getattr(table, name).itemsize for name in ENTRY_COLUMNS)),
     }
 
 
@@ -272,7 +273,7 @@ def main() -> None:
     held = memory(512, args.steps, args.seed)
     print(
         f"\nBytes: {held['per_block']:.1f} per pool block, {held['per_entry']:.0f} per block-table "
-        f"entry; the prefix index takes {held['per_findable_block']:.0f} more per findable block."
+        "entry."
     )
     if args.json:
         found = {"step": steps, "pool": pools, "hash": hashing, "memory": held, "vllm": other}

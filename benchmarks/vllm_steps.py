@@ -135,13 +135,21 @@ def step(sched: Scheduler) -> tuple[float, float]:
     return wall + time.perf_counter() - begin, cpu + time.thread_time() - begin_cpu
 
 
-def pool_costs(num_blocks: int, batch: int, rounds: int) -> dict[str, float]:
-    """Microseconds of CPU per block: allocate and free a batch."""
-    pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=16)
-    begin = time.thread_time()
-    for _ in range(rounds):
-        pool.free_blocks(reversed(pool.get_new_blocks(batch)))
-    return {"allocate_free": (time.thread_time() - begin) / rounds / batch * 1e6}
+def pool_costs(batch: int, rounds: int) -> dict[str, float]:
+    """Microseconds of CPU per block: allocate and free a batch; the same of blocks still cached."""
+    costs = {}
+    for name in ("allocate_free", "reclaim_free"):
+        pool = BlockPool(batch * rounds + 1, enable_caching=True, hash_block_size=16)
+        if name == "reclaim_free":  # as if one long request had filled all of them
+            request = Off(block_hashes=[os.urandom(32) for _ in range(batch * rounds)])
+            blocks = pool.get_new_blocks(batch * rounds)
+            pool.cache_full_blocks(request, blocks, 0, len(blocks), 16, 0)
+            pool.free_blocks(reversed(blocks))
+        begin = time.thread_time()
+        for _ in range(rounds):
+            pool.free_blocks(reversed(pool.get_new_blocks(batch)))
+        costs[name] = (time.thread_time() - begin) / rounds / batch * 1e6
+    return costs
 
 
 def hash_cost(block_size: int, tokens: int, seed: int) -> float:
@@ -172,7 +180,7 @@ def main() -> None:
     found = {
         "version": vllm.__version__,
         "steps": steps,
-        "pool": pool_costs(10_000, 1000, 100),
+        "pool": pool_costs(1000, 100),
         "hash": hash_cost(args.block_size, 32_000, args.seed),
     }
     print(json.dumps(found))

@@ -77,7 +77,7 @@ def running_and_waiting():
 def test_it_finds_a_broken_pool_inside_a_scheduler(auditor):
     scheduler = Scheduler()
     pool = scheduler.manager.pool
-    pool.ref_count[0] = 1
+    pool._state[0] = 1
     with pytest.raises(AssertionError, match="a free block is held"):
         auditor.audit()
     auditor.excuse(*auditor.owners)
@@ -89,10 +89,10 @@ def test_owners_too_many_to_keep_are_audited_on_the_way_out(monkeypatch):
     broken, sound = BlockPool(1), BlockPool(1)
     recorder.record(broken)
     recorder.record(sound)
-    broken.ref_count[0] = 1
+    broken._state[0] = 1
     with pytest.raises(AssertionError, match="a free block is held"):
         recorder.record(BlockPool(1))
-    broken.ref_count[0] = 0
+    broken._state[0] = 0
 
 
 def test_the_environment_asks_for_an_audit_after_every_step(monkeypatch):

@@ -35,7 +35,7 @@ class Witness:
             elif holders:
                 row_owner.append(SHARED)
             else:
-                row_owner.append(CACHED if manager.index.entry_of[block] >= 0 else FREE)
+                row_owner.append(CACHED if manager.index.findable(block) else FREE)
         self.owners.append(row_owner)
         tokens = (plan.positions[plan.sample_index] * 7 + plan.sample_rows * 3) % VOCAB
         return StepResult(token_ids=tokens.astype(np.int32))

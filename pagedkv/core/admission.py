@@ -226,7 +226,7 @@ class Admission:
         held = table.num_blocks[:, rows]
         width = int(held.max(initial=1))
         ids = table.block_table[:, rows, :width]
-        alone = (np.arange(width) < held[:, :, None]) & (self._manager.pool.ref_count[ids] == 1)
+        alone = (np.arange(width) < held[:, :, None]) & (self._manager.pool.references(ids) == 1)
         counts: Int64 = alone.sum(axis=(0, 2))
         return counts
 
@@ -246,7 +246,7 @@ class Admission:
         own = ever * len(seq.group)
         if not (seq.policy.evicts or len(hits) == 0 or self._table.evicts.any()):
             # A block that was found and is in use costs nothing, as long as nobody can forget it.
-            in_use = int((self._manager.pool.ref_count[hits] > 0).sum())
+            in_use = int((self._manager.pool.references(hits) > 0).sum())
             own -= in_use
         if len(seq.group) > 1 and not seq.policy.evicts:
             own -= (len(seq.group) - 1) * (seq.num_prompt // size) * groups
@@ -298,7 +298,7 @@ class Admission:
             width = int(held.max(initial=1))
             used = np.arange(width) < held[:, forgets, None]
             ids = table.block_table[:, rows[forgets], :width]
-            held[:, forgets] = (used & (self._manager.pool.ref_count[ids] == 1)).sum(axis=2)
+            held[:, forgets] = (used & (self._manager.pool.references(ids) == 1)).sum(axis=2)
         return held
 
     # As time passes

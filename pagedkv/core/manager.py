@@ -72,7 +72,7 @@ class BlockManager:
         A hit that nobody holds counts: adopting it makes it unavailable to others.
         """
         full = min(-(-len(seq.token_ids) // self.block_size), seq.max_blocks) - len(hits)
-        revived = int((self.pool.ref_count[hits] == 0).sum()) if len(hits) else 0
+        revived = int((self.pool.references(hits) == 0).sum()) if len(hits) else 0
         return full * self.num_groups + revived
 
     def pledged_blocks(self, rows: Int32) -> int:
@@ -142,13 +142,13 @@ class BlockManager:
             return fresh, NOBODY
         inside = resident % size > 0
         tails = self._tails(batch.rows)
-        shared = inside & (self.pool.ref_count[tails] > 1)
+        shared = inside & (self.pool.references(tails) > 1)
         if shared.any():
             # If every holder of a block writes now, the last of them may keep it.
             ids, last, writers = np.unique(
                 tails[shared][::-1], return_index=True, return_counts=True
             )
-            keeps = last[writers == self.pool.ref_count[ids]]
+            keeps = last[writers == self.pool.references(ids)]
             where = np.flatnonzero(shared)
             shared.flat[where[len(where) - 1 - keeps]] = False
         return fresh, shared
@@ -305,7 +305,7 @@ class BlockManager:
         while True:
             goes = np.tile(served, self.num_groups)[:, None]
             ids, drops = np.unique(old[leaving & goes], return_counts=True)
-            freed = int((self.pool.ref_count[ids] == drops).sum())
+            freed = int((self.pool.references(ids) == drops).sum())
             if int((fresh & goes).sum()) <= self.pool.num_available + freed:
                 return served
             served[np.flatnonzero(served)[-1]] = False
@@ -374,5 +374,6 @@ class BlockManager:
         assert (references == self.pool.ref_count).all(), "a reference count is not its tables' sum"
         held = self.table.num_blocks * self.block_size
         assert (self.table.num_resident <= held).all(), "tokens are resident outside any block"
-        idle = (self.index.entry_of >= 0) & (self.pool.ref_count == 0)
+        every = np.arange(self.pool.num_blocks, dtype=np.int32)
+        idle = self.index.findable(every) & (self.pool.ref_count == 0)
         assert int(idle.sum()) == self.pool.num_cached, "cached and findable disagree"

@@ -15,8 +15,10 @@ class BlockPool:
     """Reference counts and the order of reuse over ``num_blocks`` block ids.
 
     A block is held (its count is above 0), blank (free, content worthless) or cached (free,
-    content still worth finding). Blank blocks are handed out first, last freed first; then cached
-    ones in the order of ``reclaim``. Every operation is a few numpy calls for any number of blocks.
+    content still worth finding), and one number per block says which: its references, 0, or below 0
+    its place in the order of the cached. Blank blocks are handed out first, last freed first; then
+    cached ones in the order of ``reclaim``. Every operation is a few numpy calls for any number of
+    blocks.
 
     Attributes:
         num_reclaimed: Cached blocks handed out so far.
@@ -34,12 +36,20 @@ class BlockPool:
                 remedy=f"give at most {MOST_BLOCKS:,}, or larger blocks",
             )
         self.num_blocks = num_blocks
-        self.ref_count: Int32 = np.zeros(num_blocks, np.int32)
+        self._state: Int32 = np.zeros(num_blocks, np.int32)
         self._blank: Int32 = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_blank = num_blocks
-        self._mark: Int32 = np.zeros(num_blocks, np.int32)
-        self.cached = CachedOrder(num_blocks, reclaim)
+        self.cached = CachedOrder(self._state, reclaim)
         self.num_reclaimed = 0
+
+    def references(self, ids: Int32) -> Int32:
+        """Return how many references blocks have, in the shape of ``ids``."""
+        return np.maximum(self._state[ids], 0)
+
+    @property
+    def ref_count(self) -> Int32:
+        """[num_blocks] References of every block. O(blocks)."""
+        return np.maximum(self._state, 0)
 
     @property
     def num_cached(self) -> int:
@@ -76,7 +86,7 @@ class BlockPool:
             ids = np.concatenate([ids, self.cached.pop(count - from_blank)])
             self.num_reclaimed += count - from_blank
         self.cached.reset(ids)
-        self.ref_count[ids] = 1
+        self._state[ids] = 1
         return ids
 
     def share(self, ids: Int32) -> None:
@@ -85,13 +95,13 @@ class BlockPool:
         Raises:
             InvalidTransition: A block is neither held nor cached; nothing changes.
         """
-        revived = np.unique(ids[self.ref_count[ids] == 0])
+        revived = np.unique(ids[self._state[ids] <= 0])
         found = self.cached.holds(revived)
         if not found.all():
             wrong = int(revived[~found][0])
             raise InvalidTransition("shared though it is blank", where=f"block {wrong}")
         self.cached.remove(revived)
-        np.add.at(self.ref_count, ids, 1)
+        np.add.at(self._state, ids, 1)
 
     def release(self, ids: Int32, findable: Bool) -> None:
         """Drop one reference per occurrence in ``ids``.
@@ -106,35 +116,29 @@ class BlockPool:
         Raises:
             InvalidTransition: A block has fewer references than ``ids`` drops; nothing changes.
         """
-        if self._distinct(ids):
-            self._release_distinct(ids, findable)
+        before = self._state[ids]
+        left = before - 1
+        # Whether a block is named twice: then what is written for it here does not come back.
+        order = np.arange(len(ids), dtype=np.int32)
+        self._state[ids] = order
+        if (self._state[ids] == order).all() and left.min(initial=0) >= 0:
+            self._state[ids] = left
+            self._free(ids, left == 0, findable)
             return
+        self._state[ids] = before
         held, drops = np.unique(ids, return_counts=True)
-        if (self.ref_count[held] < drops).any():
-            wrong = int(held[self.ref_count[held] < drops][0])
+        if (self._state[held] < drops).any():
+            wrong = int(held[self._state[held] < drops][0])
             raise InvalidTransition("freed more often than it is held", where=f"block {wrong}")
-        np.subtract.at(self.ref_count, ids, 1)
-        freed = np.flatnonzero(self.ref_count[ids] == 0)
+        np.subtract.at(self._state, ids, 1)
+        freed = np.flatnonzero(self._state[ids] == 0)
         # A block named twice is freed once, where it is named last.
         _, last = np.unique(ids[freed][::-1], return_index=True)
         freed = freed[np.sort(len(freed) - 1 - last)]
-        keep = findable[freed]
-        self._push_blank(ids[freed[~keep]])
-        self.cached.push(ids[freed[keep]])
+        self._free(ids[freed], np.ones(len(freed), np.bool_), findable[freed])
 
-    def _distinct(self, ids: Int32) -> bool:
-        """Return whether no block is named twice; cheaper than sorting."""
-        order = np.arange(len(ids), dtype=np.int32)
-        self._mark[ids] = order
-        return bool((self._mark[ids] == order).all())
-
-    def _release_distinct(self, ids: Int32, findable: Bool) -> None:
-        left = self.ref_count[ids] - 1
-        if left.min(initial=0) < 0:
-            wrong = int(ids[left < 0].min())
-            raise InvalidTransition("freed more often than it is held", where=f"block {wrong}")
-        self.ref_count[ids] = left
-        free = left == 0
+    def _free(self, ids: Int32, free: Bool, findable: Bool) -> None:
+        """Take those of blocks that are free into one order or the other: [N] each."""
         if findable.any():
             self._push_blank(ids[free & ~findable])
             self.cached.push(ids[free & findable])
@@ -153,11 +157,13 @@ class BlockPool:
 
     def audit(self) -> None:
         """Check every invariant; AssertionError names the one that does not hold. O(blocks)."""
-        assert (self.ref_count >= 0).all(), "a reference count is negative"
-        blank = self._blank[: self._num_blank]
+        blank, cached = self._blank[: self._num_blank], self.cached.all()
         self.cached.audit()
-        free = np.concatenate([blank, self.cached.all()])
+        free = np.concatenate([blank, cached])
         assert len(np.unique(free)) == len(free), "a block is free twice"
-        assert (self.ref_count[free] == 0).all(), "a free block is held"
-        held = int((self.ref_count > 0).sum())
-        assert held + len(free) == self.num_blocks, "a block is neither held nor free"
+        assert (self._state[blank] <= 0).all(), "a free block is held"
+        assert (self._state[blank] == 0).all(), "a blank block has a place among the cached"
+        assert (self.num_held, len(cached)) == (
+            int((self._state > 0).sum()),
+            int((self._state < 0).sum()),
+        ), "a block is neither held nor free"

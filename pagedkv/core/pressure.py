@@ -84,7 +84,7 @@ class Pressure:
             return True
         ids = self._table.blocks_of(seq.row)
         # What others hold as well will most likely be found again.
-        lost = int((self._manager.pool.ref_count[ids] == 1).sum())
+        lost = int((self._manager.pool.references(ids) == 1).sum())
         groups = self._manager.num_groups
         recompute = lost * self._manager.block_size / groups
         return self._swap_cost * blocks / groups <= recompute

@@ -54,7 +54,7 @@ class Publisher:
         if self._pool.cached.order == "priority":
             self._pool.cached.stored(blocks[fresh], table.priority[row[fresh], None])
         if self.records:
-            self._record(rows, first, counts, fresh.tolist())
+            self._record(rows, first, counts, fresh)
 
     def digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
         """Return the hashes of the blocks ``first`` to ``end`` of each row, whose tokens are known.
@@ -102,11 +102,12 @@ class Publisher:
         """
         found = ids[self._index.findable(ids)]
         if len(found):
-            hashes, blocks = self._index.remove(found)
+            if self.records:
+                hashes = [short_hash(digest) for digest in self._index.hashes_of(found)]
+                self._events.append(BlockRemoved(block_hashes=hashes))
+            blocks = self._index.remove(found)
             if len(blocks) > len(found):  # other groups' as well, which may be cached
                 self._pool.forget(blocks)
-            if self.records:
-                self._events.append(BlockRemoved(block_hashes=[short_hash(h) for h in hashes]))
         return found
 
     def clear(self) -> None:

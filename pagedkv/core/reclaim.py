@@ -20,6 +20,9 @@ PROTECTED_SHARE = 0.8
 """``slru``: the most of the pool that blocks hit before may hold against new ones."""
 
 FIRST_LENGTH = 64
+SLACK = 1.5
+"""How much longer a line is made than what it has to hold, so that a third of it may die."""
+
 LARGEST_LEVEL = 2**31 - 1
 
 HIT_LEVEL: dict[str, Callable[[Int32, int], Int32]] = {
@@ -52,46 +55,53 @@ class _Line:
 class CachedOrder:
     """The free blocks whose content can still be found, in the order they will be reclaimed.
 
-    Lines delete lazily: an entry counts only while `_place` still points at it, so taking a block
-    out of the middle is one write. A line that is full moves its live entries to the front, or
-    doubles if most are live: amortised constant cost per block, whatever the size of the pool.
+    Lines delete lazily: an entry counts only while its block's place still points at it, so taking
+    a block out of the middle is one write. A line that is full moves its live entries to the front,
+    of a longer one if most are live: amortised constant cost per block, whatever the size of the
+    pool.
 
     Args:
-        num_blocks: Blocks in the pool.
-        order: A name of `HIT_LEVEL`, or what to call an order that ``foresee`` decides.
-        foresee: Says the level of blocks as they become free, whatever happened to them before:
-            for studies that know the future.
+        state: [num_blocks] The pool's column. Of a block in the order, this keeps -1 - its place in
+            its line there, and 0 once it leaves.
+        order: A name of `HIT_LEVEL`.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        order: str = "lru",
-        *,
-        foresee: Callable[[Int32], Int32] | None = None,
-    ) -> None:
+    def __init__(self, state: Int32, order: str = "lru") -> None:
         self.order = order
-        self._foresee = foresee
-        self._level: Int32 = np.zeros(num_blocks, np.int32)
-        self._place: Int32 = np.full(num_blocks, -1, np.int32)
+        self._foresee: Callable[[Int32], Int32] | None = None
+        self._state = state
+        self._level: Int32 = np.zeros(len(state), np.int32)
         self._lines: dict[int, _Line] = {}
         self._heap: list[int] = []  # levels that have a line, each once
         self._count = 0
         self._era = 0
-        self._most_protected = int(PROTECTED_SHARE * num_blocks)
+        self._most_protected = int(PROTECTED_SHARE * len(state))
+
+    def foresee(self, order: str, level: Callable[[Int32], Int32]) -> None:
+        """Let somebody who knows the future say the level of blocks as they become free.
+
+        For studies. Call it before any block is in the order.
+
+        Args:
+            order: What to call that.
+            level: From block ids, [N], to their levels, whatever happened to them before.
+        """
+        self.order, self._foresee = order, level
 
     def __len__(self) -> int:
         return self._count
 
     def holds(self, ids: Int32) -> Bool:
         """Return for each block whether it is in the order."""
-        return self._place[ids] >= 0
+        held: Bool = self._state[ids] < 0
+        return held
 
     # What blocks are worth, while they are held
 
     def reset(self, ids: Int32) -> None:
         """Blocks lose their content, and with it what it was worth."""
-        self._level[ids] = 0
+        if self.order != "lru":
+            self._level[ids] = 0
 
     def stored(self, ids: Int32, priority: Int32 | int) -> None:
         """Blocks became findable, computed by a request of this priority, or one each."""
@@ -137,21 +147,22 @@ class CachedOrder:
             self._make_room(level, line, len(ids))
         end = line.tail + len(ids)
         line.ids[line.tail : end] = ids
-        self._place[ids] = np.arange(line.tail, end, dtype=np.int32)
+        self._state[ids] = _places(line.tail, end)
         line.tail = end
         line.count += len(ids)
 
     def _make_room(self, level: int, line: _Line, more: int) -> None:
         live = self._live(level, line, line.head, line.tail)
-        if 2 * (len(live) + more) > len(line.ids):
-            line.ids = np.zeros(2 * (len(live) + more), np.int32)
+        room = SLACK * (len(live) + more)
+        if room > len(line.ids):
+            line.ids = np.zeros(int(room), np.int32)
         line.ids[: len(live)] = live
-        self._place[live] = np.arange(len(live), dtype=np.int32)
+        self._state[live] = _places(0, len(live))
         line.head, line.tail = 0, len(live)
 
     def _live(self, level: int, line: _Line, start: int, end: int) -> Int32:
         window = line.ids[start:end]
-        here = self._place[window] == np.arange(start, end)
+        here = self._state[window] == _places(start, end)
         live: Int32 = window[here & (self._level[window] == level)]
         return live
 
@@ -167,7 +178,7 @@ class CachedOrder:
         """Take blocks out of the order; each is in it, and named once."""
         if not len(ids):
             return
-        self._place[ids] = -1
+        self._state[ids] = 0
         self._count -= len(ids)
         levels, counts = np.unique(self._level[ids], return_counts=True)
         for level, count in zip(levels.tolist(), counts.tolist(), strict=True):
@@ -187,7 +198,7 @@ class CachedOrder:
                 heapq.heappop(self._heap)
                 del self._lines[level]
         ids = np.concatenate(taken)
-        self._place[ids] = -1
+        self._state[ids] = 0
         self._count -= count
         return ids
 
@@ -212,7 +223,7 @@ class CachedOrder:
             end = min(line.head + reach, line.tail)
             reach *= 2  # a long dead stretch is crossed in few strides
             window = line.ids[line.head : end]
-            here = self._place[window] == np.arange(line.head, end)
+            here = self._state[window] == _places(line.head, end)
             live = np.flatnonzero(here & (self._level[window] == level))[:count]
             taken.append(window[live])
             count -= len(live)
@@ -236,4 +247,9 @@ class CachedOrder:
         assert sum(line.count for line in self._lines.values()) == self._count, (
             "cached blocks are miscounted"
         )
-        assert (self._place >= 0).sum() == self._count, "a place points outside the queue"
+        assert (self._state < 0).sum() == self._count, "a place points outside the queue"
+
+
+def _places(start: int, end: int) -> Int32:
+    """Return what the state of the blocks at these places of a line is."""
+    return np.arange(-1 - start, -1 - end, -1, dtype=np.int32)

@@ -50,7 +50,7 @@ def _candidates(retention: Retention, chosen: Policy, rows: Int32) -> Float32:
     may_go = (view.entry < view.num_sealed[:, None]) & ~protect(chosen, view)
     may_go = may_go.reshape(table.num_groups, len(rows), -1)
     width = may_go.shape[2]
-    may_go &= pool.ref_count[table.block_table[:, rows, :width]] == 1
+    may_go &= pool.references(table.block_table[:, rows, :width]) == 1
     may_go[retention.windows > 0] = False
     mass = np.where(may_go, table.mass[:, rows, :width], np.float32(np.inf))
     spare = np.maximum(table.num_resident[:, rows] - chosen.adaptive[0], 0) // table.block_size

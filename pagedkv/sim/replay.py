@@ -13,7 +13,7 @@ from msgspec import Struct
 from pagedkv.core.arrays import Int32, Int64
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, extend_chain
-from pagedkv.core.reclaim import HIT_LEVEL, CachedOrder
+from pagedkv.core.reclaim import HIT_LEVEL
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError
 from pagedkv.sim.workload import SimRequest, Workload
@@ -53,8 +53,8 @@ def _chain(request: SimRequest, block_size: int, own_size: int) -> list[bytes]:
     """
     prompt = request.prompt
     if block_size == own_size and prompt.exact is None:
-        raw = prompt.streams.tobytes()
-        return [raw[i : i + 8] for i in range(0, len(raw), 8)]
+        raw = np.repeat(prompt.streams, 2).tobytes()  # as long as a hash
+        return [raw[i : i + 16] for i in range(0, len(raw), 16)]
     hashes: list[bytes] = []
     tokens = prompt.token_ids()
     extend_chain(hashes, tokens, len(tokens) // block_size, block_size, "")
@@ -135,9 +135,7 @@ class _Cache:
         self.index = PrefixIndex(num_blocks)
         self._levels: Int32 = np.zeros(num_blocks, np.int32)
         if reclaim == CLAIRVOYANT:
-            self.pool.cached = CachedOrder(
-                num_blocks, CLAIRVOYANT, foresee=lambda ids: self._levels[ids]
-            )
+            self.pool.cached.foresee(CLAIRVOYANT, lambda ids: self._levels[ids])
 
     def use(self, chain: list[bytes], next_uses: Int64 | None) -> int:
         """Look a prompt up, store the rest of it, free it tail first; how many blocks were hits."""
@@ -166,7 +164,7 @@ class _Cache:
 
     def _forget_useless(self, ids: Int32) -> None:
         if len(ids):
-            self.index.remove(ids)
+            self.index.remove(np.unique(ids))
 
     def _store(self, chain: list[bytes]) -> Int32:
         ids = self.pool.allocate(len(chain))
@@ -207,7 +205,7 @@ class Oracle:
             now = scheduler.num_added - scheduler.num_waiting  # who waits is still to come
             return np.array([self._level(index.digest_of(i), now) for i in ids.tolist()], np.int32)
 
-        pool.cached = CachedOrder(pool.num_blocks, CLAIRVOYANT, foresee=foresee)
+        pool.cached.foresee(CLAIRVOYANT, foresee)
 
     def _level(self, digest: bytes | None, now: int) -> int:
         uses = self._uses.get(digest or b"", ())

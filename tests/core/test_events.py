@@ -1,6 +1,7 @@
 """KV events: in vLLM's shapes, and enough to know at any time what can be found."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from pagedkv.events import (
@@ -37,7 +38,9 @@ class Router:
 
 
 def findable(driver):
-    return {short_hash(digest) for digest in driver.scheduler.manager.index._entries}
+    manager = driver.scheduler.manager
+    every = np.arange(manager.pool.num_blocks, dtype=np.int32)
+    return {short_hash(digest) for digest in manager.index.hashes_of(every)}
 
 
 def test_the_shapes_are_those_that_vllms_routers_read():

@@ -156,7 +156,7 @@ def corrupt_table(manager):
 
 
 def corrupt_reference(manager):
-    manager.pool.ref_count[manager.table.block_table[0, 0, 0]] += 1
+    manager.pool._state[manager.table.block_table[0, 0, 0]] += 1
 
 
 def corrupt_resident(manager):

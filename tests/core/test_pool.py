@@ -274,11 +274,11 @@ def corrupt_lost_block(pool):
 
 
 def corrupt_held_and_free(pool):
-    pool.ref_count[int(pool._blank[0])] = 1
+    pool._state[int(pool._blank[0])] = 1
 
 
-def corrupt_negative_count(pool):
-    pool.ref_count[0] = -1
+def corrupt_blank(pool):
+    pool._state[int(pool._blank[0])] = -1
 
 
 def corrupt_cached_count(pool):
@@ -291,7 +291,7 @@ def corrupt_queue(pool):
 
 
 def corrupt_place(pool):
-    pool.cached._place[0] = 2 * pool.num_blocks - 1
+    pool._state[0] = -2 * pool.num_blocks
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def corrupt_place(pool):
         (corrupt_double_free, "a block is free twice"),
         (corrupt_lost_block, "neither held nor free"),
         (corrupt_held_and_free, "a free block is held"),
-        (corrupt_negative_count, "negative"),
+        (corrupt_blank, "points outside the queue"),
         (corrupt_cached_count, "miscounted"),
         (corrupt_queue, "miscounted"),
         (corrupt_place, "points outside the queue"),

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pagedkv.core.prefix import PrefixIndex, chain_root, extend_chain
+from pagedkv.core.prefix import END, FEW, UNUSED, PrefixIndex, chain_root, extend_chain
 
 
 def ids(*numbers):
@@ -22,11 +22,13 @@ def chain(tokens, block_size=2, salt=""):
 class IndexTwins(RuleBasedStateMachine):
     """A `PrefixIndex` and a dict from digest to blocks do the same."""
 
-    digests = st.integers(0, 150).map(lambda i: i.to_bytes(16, "big"))
+    # As bytes in this order all fall into one chain, in the other they spread.
+    digests = st.builds(int.to_bytes, st.integers(0, 150), st.just(16), st.just("big"))
+    digests |= st.builds(int.to_bytes, st.integers(0, 150), st.just(16), st.just("little"))
 
     @initialize(num_groups=st.sampled_from([1, 3]))
     def make(self, num_groups):
-        self.num_blocks = 90 * num_groups  # more entries than the index first has room for
+        self.num_blocks = 90 * num_groups
         self.num_groups = num_groups
         self.index = PrefixIndex(self.num_blocks, num_groups)
         self.entries = {}
@@ -39,7 +41,8 @@ class IndexTwins(RuleBasedStateMachine):
         used = {block for blocks in self.entries.values() for block in blocks}
         spare = [b for b in range(self.num_blocks) if b not in used]
         for i in range(80 if many else 1):
-            key = (int.from_bytes(digest, "big") + i).to_bytes(16, "big")
+            order = "big" if digest[0] == 0 else "little"
+            key = (int.from_bytes(digest, order) + i).to_bytes(16, order)
             blocks, spare = spare[: self.num_groups], spare[self.num_groups :]
             if len(blocks) == self.num_groups:
                 assert self.index.insert(key, ids(*blocks)) == (key not in self.entries)
@@ -50,6 +53,8 @@ class IndexTwins(RuleBasedStateMachine):
     def match(self, data):
         known = st.sampled_from(sorted(self.entries))
         hashes = data.draw(st.lists(st.one_of(known, self.digests), max_size=6))
+        if data.draw(st.booleans()):  # enough to be looked up at once
+            hashes = sorted(self.entries) * (FEW // len(self.entries) + 1) + hashes
         expected = []
         for digest in hashes:
             if digest not in self.entries:
@@ -58,12 +63,13 @@ class IndexTwins(RuleBasedStateMachine):
         found = self.index.match(hashes)
         assert found.shape == (len(expected), self.num_groups)
         assert found.tolist() == expected
+        assert self.index.knows_any(hashes) == any(digest in self.entries for digest in hashes)
 
     @rule(data=st.data())
     def remove(self, data):
-        blocks = data.draw(st.lists(st.integers(0, self.num_blocks - 1), max_size=5))
+        blocks = data.draw(st.lists(st.integers(0, self.num_blocks - 1), max_size=5, unique=True))
         doomed = {self.entry_of(block) for block in blocks} - {None}
-        hashes, freed = self.index.remove(ids(*blocks))
+        hashes, freed = self.index.hashes_of(ids(*blocks)), self.index.remove(ids(*blocks))
         assert set(hashes) == doomed
         assert len(hashes) == len(doomed)
         assert sorted(freed.tolist()) == sorted(b for d in doomed for b in self.entries.pop(d))
@@ -134,61 +140,101 @@ def test_a_chain_does_not_depend_on_the_process():
     assert chain([1, 2])[0].hex() == "448f95aec0cb61fc628f3beab912e7d6"
 
 
+A, B, C = (bytes([i]) * 16 for i in range(3))
+
+
 def test_the_first_of_equal_contents_wins():
     index = PrefixIndex(4)
-    assert index.insert(b"x", ids(2))
-    assert not index.insert(b"x", ids(3))
-    assert index.match([b"x"]).tolist() == [[2]]
+    assert index.insert(A, ids(2))
+    assert not index.insert(A, ids(3))
+    assert index.match([A]).tolist() == [[2]]
     assert index.findable(ids(2, 3)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_of_equal_contents_inserted_together_the_first_wins(num_groups):
+    index = PrefixIndex(8, num_groups)
+    blocks = np.arange(4 * num_groups, dtype=np.int32).reshape(4, num_groups)
+    assert index.insert_many([A, B, A, C], blocks) == [0, 1, 3]
+    assert index.match([A, B, C]).tolist() == blocks[[0, 1, 3]].tolist()
+
+
+@pytest.mark.parametrize("num_hashes", [FEW - 1, FEW, FEW + 1, 3 * FEW])
+def test_a_long_chain_is_matched_up_to_its_first_gap(num_hashes):
+    hashes = chain(range(2 * num_hashes))
+    for gap in (None, 0, FEW - 1, FEW, num_hashes - 1):
+        index = PrefixIndex(num_hashes)
+        index.insert_many(hashes, np.arange(num_hashes, dtype=np.int32)[:, None])
+        if gap is not None and gap < num_hashes:
+            index.remove(ids(gap))
+        end = num_hashes if gap is None else min(gap, num_hashes)
+        assert index.match(hashes).tolist() == [[i] for i in range(end)]
+        assert index.knows_any(hashes) == (num_hashes > 1 or end > 0)
+        assert not index.knows_any(chain(range(9, 9 + 2 * num_hashes), salt="another"))
 
 
 def test_reclaiming_the_block_of_one_group_makes_the_entry_unfindable_in_all():
     index = PrefixIndex(6, num_groups=3)
-    index.insert(b"x", ids(0, 1, 2))
-    index.insert(b"y", ids(3, 4, 5))
-    hashes, blocks = index.remove(ids(4))
-    assert (hashes, blocks.tolist()) == ([b"y"], [3, 4, 5])
-    assert index.match([b"x", b"y"]).tolist() == [[0, 1, 2]]
+    index.insert(A, ids(0, 1, 2))
+    index.insert(B, ids(3, 4, 5))
+    assert index.hashes_of(ids(4)) == [B]
+    assert index.remove(ids(4)).tolist() == [3, 4, 5]
+    assert index.match([A, B]).tolist() == [[0, 1, 2]]
 
 
 def test_a_match_ends_at_the_first_gap():
     index = PrefixIndex(4)
-    for block, digest in enumerate([b"a", b"b", b"c"]):
+    for block, digest in enumerate([A, B, C]):
         index.insert(digest, ids(block))
     index.remove(ids(1))
-    assert index.match([b"a", b"b", b"c"]).tolist() == [[0]]
-    assert index.match([b"b", b"c"]).shape == (0, 1)
+    assert index.match([A, B, C]).tolist() == [[0]]
+    assert index.match([B, C]).shape == (0, 1)
 
 
-def corrupt_stale_entry(index):
-    index.entry_of[3] = index.entry_of[0]
-
-
-def corrupt_lost_entry(index):
-    index._unused.pop()
+def corrupt_count(index):
+    index._count += 1
 
 
 def corrupt_hash(index):
-    index._hashes[int(index.entry_of[0])] = b"other"
+    index._words[0] ^= np.uint64(1)
+
+
+def corrupt_chain(index):
+    index._next[[0, 4]] = UNUSED, END
+
+
+def corrupt_cycle(index):
+    index._next[index._numbers[:2]] = index._numbers[1]
 
 
 def corrupt_back_pointer(index):
-    index.entry_of[0] = -1
+    index._entry_of[0] = END
+
+
+def corrupt_stale_block(index):
+    index._entry_of[5] = index._entry_of[0]
+
+
+def corrupt_lost_entry(index):
+    index._numbers[-1] = index._numbers[0]
 
 
 @pytest.mark.parametrize(
     ("corrupt", "finding"),
     [
-        (corrupt_stale_entry, "points at an entry that is gone"),
-        (corrupt_lost_entry, "an entry is lost"),
-        (corrupt_hash, "holds another hash"),
+        (corrupt_count, "miscounted"),
+        (corrupt_hash, "does not lead to itself"),
+        (corrupt_chain, "a number never used"),
+        (corrupt_cycle, "in no chain, or in two"),
         (corrupt_back_pointer, "not its blocks' own"),
+        (corrupt_stale_block, "an entry that is gone"),
+        (corrupt_lost_entry, "an entry is lost"),
     ],
 )
 def test_the_audit_finds(auditor, corrupt, finding):
-    index = PrefixIndex(4)
-    index.insert(b"x", ids(0))
-    index.insert(b"y", ids(1))
+    index = PrefixIndex(12, num_groups=2)
+    index.insert(A, ids(0, 1))
+    index.insert(B, ids(2, 3))
     index.audit()
     corrupt(index)
     with pytest.raises(AssertionError, match=finding):
