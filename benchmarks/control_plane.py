@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
