@@ -7,36 +7,53 @@ block (60 bits tell streams apart). Generated tokens are streams as well, so tha
 next turn can quote the answer before it.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
 from pagedkv.core.arrays import Int32, Int64, UInt64
 
-__all__ = ["Content", "lane_tokens", "stream_ids", "stream_lanes", "stream_tokens", "text"]
+__all__ = [
+    "Content",
+    "lane_tokens",
+    "stream_id",
+    "stream_ids",
+    "stream_lanes",
+    "stream_tokens",
+    "text",
+]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_STEP = np.int64(0x2545F491)
+_WORD = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_STEP = 0x2545F491
 _LANE_BITS = 30
-_LANE = np.int64(2**_LANE_BITS - 1)
+_LANE = 2**_LANE_BITS - 1
 
 
-def _mixed(numbers: UInt64) -> UInt64:
-    """SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        z = numbers + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        return z ^ (z >> np.uint64(31))
+def _mixed(z: Any) -> Any:
+    """SplitMix64 (Steele et al. 2014) of an int or an array of uint64: every input bit reaches
+    every output bit.
+    """
+    z = (z + _GOLDEN) & _WORD
+    z = ((z ^ (z >> 30)) * _MIX_1) & _WORD
+    z = ((z ^ (z >> 27)) * _MIX_2) & _WORD
+    return z ^ (z >> 31)
+
+
+def stream_id(namespace: int, number: int) -> int:
+    """Return the stream of a numbered text: below 2^63; distinct by namespace."""
+    stream: int = _mixed((number & _WORD) ^ _mixed(namespace)) >> 1
+    return stream
 
 
 def stream_ids(namespace: int, numbers: npt.ArrayLike) -> Int64:
-    """Return the streams of numbered texts: [N] int64, not negative; distinct by namespace."""
-    wide = np.asarray(numbers).astype(np.uint64)
-    salt = _mixed(np.array([namespace], np.uint64))
-    return (_mixed(wide ^ salt) >> np.uint64(1)).astype(np.int64)
+    """Return the same of many: [N]."""
+    streams: UInt64 = _mixed(np.asarray(numbers).astype(np.uint64) ^ _mixed(namespace)) >> 1
+    return streams.astype(np.int64)
 
 
 def stream_tokens(streams: Int64, offsets: Int64) -> Int32:
@@ -46,14 +63,17 @@ def stream_tokens(streams: Int64, offsets: Int64) -> Int32:
 
 def stream_lanes(streams: Int64 | UInt64) -> Int64:
     """Return all that a stream's tokens depend on: [2, *streams.shape]."""
-    keys = _mixed(streams.astype(np.uint64))
-    halves = np.stack([keys, keys >> np.uint64(_LANE_BITS)])
-    return (halves & np.uint64(_LANE)).astype(np.int64)
+    return np.stack(_lanes(streams.astype(np.uint64))).astype(np.int64)
 
 
-def lane_tokens(lanes: Int64, offsets: Int64 | Int32) -> Int32:
+def _lanes(streams: Any) -> tuple[Any, Any]:
+    keys = _mixed(streams)
+    return keys & _LANE, keys >> _LANE_BITS & _LANE
+
+
+def lane_tokens(lanes: Int64 | tuple[int, int], offsets: Int64 | Int32) -> Int32:
     """Return the token at each offset of each stream, from `stream_lanes`; they broadcast."""
-    lane = np.where(offsets & 1, lanes[1], lanes[0])
+    lane: Int64 = np.where(offsets & 1, lanes[1], lanes[0])
     tokens: Int32 = ((lane + offsets * _STEP) & _LANE).astype(np.int32)
     return tokens
 
@@ -81,7 +101,7 @@ class Content(Struct, frozen=True, eq=False):
         if self.exact is not None:
             return self.exact
         if len(self.streams) == 1 and self.starts is None:
-            return stream_tokens(self.streams, np.arange(self.lengths[0]))
+            return lane_tokens(_lanes(int(self.streams[0])), np.arange(self.lengths[0]))
         lanes = stream_lanes(self.streams)
         before = np.cumsum(self.lengths) - self.lengths
         shift = before if self.starts is None else before - self.starts

@@ -192,12 +192,17 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
     )
 
 
-def leap_work(leap: Leap, block_size: int) -> StepWork:
-    """Return the work of each step of a leap: [steps] per field; that of its plans, to the bit."""
+def leap_work(leap: Leap, block_size: int) -> tuple[StepWork, StepWork | None]:
+    """Return the work of a leap's first step, and of those after it, if any; to the bit what
+    `step_work` says of their plans.
+
+    Of the steps after the first, context and pairs are arrays: [steps - 1].
+    """
     # Sums of integers and halves of them, which float64 holds exactly in any order.
     batch, resident = leap.decision.batch, leap.resident
-    groups, held, rows = len(resident), int(resident.sum()), len(leap.then)
+    groups, rows = len(resident), len(leap.then)
     _, _, moves, swaps, copies = leap.decision
+    held = int(resident.sum())
     context = held + groups * batch.num_tokens
     pairs = held + groups * rows / 2
     if not batch.decodes:
@@ -210,31 +215,24 @@ def leap_work(leap: Leap, block_size: int) -> StepWork:
         copied_tokens=(len(copies) * block_size + len(moves)) / groups,
         swapped_tokens=(len(swaps[0]) + len(swaps[1])) * block_size / groups,
     )
-    return first if leap.steps == 1 else _repeated(leap, first, context)
+    return first, _repeated(leap, context) if leap.steps > 1 else None
 
 
-def _repeated(leap: Leap, first: StepWork, context: int) -> StepWork:
-    """Return the work of all steps of a leap: that of the first, and of those like it.
+def _repeated(leap: Leap, context: int) -> StepWork:
+    """Return the work of the steps after the first.
 
     Args:
         context: Resident tokens after the first step, over all groups.
     """
     groups, rows, more = len(leap.resident), len(leap.then), int(leap.then.sum())
-    repeat: Float64 = np.arange(-1, leap.steps - 1, dtype=np.float64)  # 0 is the second step
-    tokens = np.full(leap.steps, more, np.float64)
-    tokens[0] = first.num_tokens
+    repeat: Float64 = np.arange(leap.steps - 1, dtype=np.float64)
     chunk = more - rows + 1  # what the last row computes; 1 if it draws like the others
     base = context
     if chunk > 1:
         last = leap.resident[:, -1] + leap.decision.batch.counts[-1]
         base += (chunk - 1) * int(last.sum())
-    pairs = (base + (repeat + 0.5) * (groups * (rows - 1 + chunk * chunk))) / groups
-    pairs[0] = first.attention_pairs
-    copied, swapped = first.copied_tokens, first.swapped_tokens
     return StepWork(
-        num_tokens=tokens,
-        context_tokens=(context + (repeat + 1) * (groups * more)) / groups,
-        attention_pairs=pairs,
-        copied_tokens=(repeat < 0) * copied if copied else 0,
-        swapped_tokens=(repeat < 0) * swapped if swapped else 0,
+        num_tokens=more,
+        context_tokens=(repeat * (groups * more) + (context + groups * more)) / groups,
+        attention_pairs=((repeat + 0.5) * (groups * (rows - 1 + chunk * chunk)) + base) / groups,
     )

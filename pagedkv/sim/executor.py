@@ -75,13 +75,16 @@ class CostExecutor:
 
     def leap_seconds(self, leap: Leap) -> Float64:
         """Return how long each step of a leap takes: [steps]."""
-        work = leap_work(leap, self._block_size)
-        seconds: Float64 = np.atleast_1d(self.cost.seconds(work))
+        first, repeated = leap_work(leap, self._block_size)
+        seconds: Float64 = np.empty(leap.steps)
+        seconds[0] = self.cost.seconds(first)
+        if repeated is not None:
+            seconds[1:] = self.cost.seconds(repeated)
         return seconds
 
-    def leap_tokens(self, table: SequenceTable, rows: Int64, num_steps: int) -> Int32:
-        """Return what rows draw in the coming steps: [K, S]."""
-        seq_ids = table.seq_id[rows]
+    def leap_tokens(self, table: SequenceTable, leap: Leap, num_steps: int) -> Int32:
+        """Return what the rows that draw do in the first steps of a leap: [K, S]."""
+        rows, seq_ids = leap.drawing, table.seq_id[leap.drawing]
         if len(self._seq_ids) < table.num_rows:
             self._seq_ids = np.full(table.num_rows, -1, np.int64)
             self._lanes = np.zeros((2, table.num_rows), np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.core.arrays import Float64, Int64
 from pagedkv.errors import ConfigError
-from pagedkv.sim.content import Content, stream_ids, text
+from pagedkv.sim.content import Content, stream_id, text
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["GENERATORS", "Lengths", "gaps", "random_requests", "sessions", "tenants", "tool_agent"]
@@ -87,7 +87,7 @@ def _key(seed: int, user: int, number: int) -> int:
 
 
 def _stream(namespace: int, key: int) -> int:
-    return int(stream_ids(namespace, [key])[0])
+    return stream_id(namespace, key)
 
 
 def random_requests(

@@ -1,26 +1,24 @@
 """Watches one simulated engine and keeps what reports need, in bounded memory."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.leap import Leap
-from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
-from pagedkv.sim.sketch import Distribution, Series
+from pagedkv.sim.occupancy import Occupancy, Pool
+from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest
 
-__all__ = ["LATENCIES", "SERIES", "Phase", "Pool", "Recorder"]
+__all__ = ["LATENCIES", "Phase", "Recorder"]
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
-SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
 _WATCHED = 20_000  # phases kept for the trace viewer
 
 
@@ -54,7 +52,7 @@ class _Life:
 
 
 class Recorder:
-    """Latencies, rates, occupancy and tenants of one engine.
+    """Latencies, rates and tenants of one engine, and how full its pool is.
 
     Python loops run over events (an admission, an end); tokens are counted by the array.
 
@@ -68,7 +66,6 @@ class Recorder:
     ) -> None:
         rows = scheduler.table.num_rows
         self._scheduler = scheduler
-        self._manager = scheduler.manager
         self._slo = slo
         self._lives: dict[int, _Life] = {}
         self._planned: Int64 = np.full(rows, -1, np.int64)  # the sequence that last ran in a row
@@ -76,17 +73,14 @@ class Recorder:
         self._last: Float64 = np.zeros(rows)  # when it did
         self.tenants = tenants
         self.latency = {name: Distribution() for name in LATENCIES}
-        self.series = Series(SERIES)
+        self.occupancy = Occupancy(scheduler)
         self.num_good = 0
         self.num_ended: dict[str, int] = {}
         self.input_tokens = 0
         self.output_tokens = 0
         self.last_end = 0.0
         self.most_in_flight = 0
-        self.most_tokens_per_second = 0
-        self._second = (-1, 0)
         self._preemptions = 0
-        self._during: Float64 = np.zeros((1, len(SERIES)))
         self.phases: list[Phase] = []
         self.num_unwatched = 0
         self._watch = watch
@@ -98,21 +92,18 @@ class Recorder:
         self._lives[seq_id] = _Life(request, name)
         self.most_in_flight = max(self.most_in_flight, len(self._lives))
 
-    def begin(self, rows: Int32, now: float) -> None:
-        """Look at who computes in the step, or leap, that begins now."""
+    def begin(self, rows: Int32 | Int64, seq_ids: Int64, now: float) -> None:
+        """Look at who computes in the step, or leap, that begins now: [B] each."""
         if self._scheduler.totals.num_preemptions != self._preemptions:
             self._preemptions = self._scheduler.totals.num_preemptions
             self._look_for_preempted(now)
-        seq_ids = self._scheduler.table.seq_id[rows]
-        for i in np.flatnonzero(self._planned[rows] != seq_ids).tolist():
+        for i in (self._planned[rows] != seq_ids).nonzero()[0].tolist():
             self._admit(int(rows[i]), int(seq_ids[i]), now)
 
     def step(self, output: StepOutput, end: float, seconds: float) -> None:
         """Take in a committed step that ended at ``end``."""
         self._draw(output.rows, output.seq_ids, end)
-        ends = np.array([end])
-        self.series.add(ends, np.array([seconds]), self._during)
-        self._count_tokens(ends, len(output.rows))
+        self.occupancy.step(end, seconds, len(output.rows))
         self.end(output.finished, end)
 
     def end(self, finished: list[FinishedSequence], now: float) -> None:
@@ -143,18 +134,18 @@ class Recorder:
             life.queued, life.row = now, -1
 
     def _draw(self, rows: Int32 | Int64, seq_ids: Int64, end: float) -> None:
+        """Note who drew a token in a step, [S] rows and sequences, and the gaps since the last."""
         fresh = self._drew[rows] != seq_ids
-        if fresh.any():
-            for i in np.flatnonzero(fresh).tolist():
-                life = self._lives[int(seq_ids[i])]
+        if np.count_nonzero(fresh):
+            for row, seq_id in zip(rows[fresh].tolist(), seq_ids[fresh].tolist(), strict=True):
+                life = self._lives[seq_id]
                 if math.isnan(life.first):
                     life.first = end
                     self._note(life, life.row, "prefill", life.began, end)
                 else:
                     self.latency["itl"].add(end - life.last)
-                self._drew[rows[i]] = seq_ids[i]
-            old = rows[~fresh]
-            self.latency["itl"].add(end - self._last[old])
+                self._drew[row] = seq_id
+            self.latency["itl"].add(end - self._last[rows[~fresh]])
         else:
             self.latency["itl"].add(end - self._last[rows])
         self._last[rows] = end
@@ -184,9 +175,9 @@ class Recorder:
             self.tenants.finish(request, ended, ttft, e2el, good=good)
         self.last_end = max(self.last_end, now)
 
-    # Tokens and blocks, by the array
+    # Steps, by the array
 
-    def leap(self, leap: Leap, pool: "Pool", begin: float, ends: Float64, seconds: Float64) -> None:
+    def leap(self, leap: Leap, pool: Pool, begin: float, ends: Float64, seconds: Float64) -> None:
         """Take in an extended leap before it is committed.
 
         Args:
@@ -195,59 +186,22 @@ class Recorder:
             ends: [K] When each step ended.
             seconds: [K] How long each was.
         """
-        rows = leap.decision.batch.rows
-        drawing = leap.drawing
-        self.begin(rows, begin)
-        self._draw(drawing, self._scheduler.table.seq_id[drawing], float(ends[0]))
+        batch, drawing = leap.decision.batch, leap.drawing
+        self.begin(batch.rows, batch.seq_ids, begin)
+        all_draw = len(drawing) == len(batch.rows)
+        seq_ids = batch.seq_ids if all_draw else self._scheduler.table.seq_id[drawing]
+        self._draw(drawing, seq_ids, float(ends[0]))
         if leap.steps > 1:
-            self.latency["itl"].add(np.diff(ends), len(drawing))
+            self.latency["itl"].add(ends[1:] - ends[:-1], len(drawing))
             self._last[drawing] = ends[-1]
-        self.series.add(ends, seconds, self._values(leap, pool))
-        self._count_tokens(ends, len(drawing))
-        self.tenants.step(rows, seconds, leap)
-
-    def _values(self, leap: Leap, pool: "Pool") -> Float64:
-        """Return what held during each step of a leap: [K, series]."""
-        first, more = int(leap.decision.batch.counts.sum()), int(leap.then.sum())
-        steps, groups = leap.steps, len(leap.resident)
-        assert leap.taken_at is not None
-        fresh = np.cumsum(np.bincount(leap.taken_at, minlength=steps))
-        repeat = np.arange(steps)
-        values = np.empty((steps, len(SERIES)))
-        values[:, 0] = pool.held + fresh
-        values[:, 1] = pool.cached - np.maximum(0, fresh - pool.blank)
-        values[:, 2] = len(leap.then)
-        values[:, 3] = self._scheduler.num_waiting
-        held = int((-(leap.resident + leap.decision.batch.counts) % self._manager.block_size).sum())
-        values[:, 4] = held + fresh * self._manager.block_size - repeat * (groups * more)
-        values[:, 5] = more
-        values[0, 5] = first
-        return values
+        self.occupancy.leap(leap, pool, ends, seconds)
+        self.tenants.step(batch.rows, seconds, leap)
 
     def planned(self, plan: StepPlan, begin: float, seconds: float) -> None:
-        """Look at the pool between schedule and commit: what the step holds while it runs."""
-        self.begin(plan.rows, begin)
-        pool, size = self._manager.pool, self._manager.block_size
-        waste = int((-plan.num_resident % size).sum())
+        """Look at who runs and what is held between schedule and commit."""
+        self.begin(plan.rows, plan.seq_ids, begin)
         self.tenants.step(plan.rows, np.array([seconds]))
-        counts = pool.num_held, pool.num_cached, len(plan.rows), self._scheduler.num_waiting
-        self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
-
-    def _count_tokens(self, ends: Float64, batch: int) -> None:
-        """Keep the most tokens that any second of the clock saw."""
-        if int(ends[0]) == int(ends[-1]):
-            self._count_in(int(ends[0]), len(ends) * batch)
-            return
-        for second, times in zip(
-            *np.unique(ends.astype(np.int64), return_counts=True), strict=True
-        ):
-            self._count_in(int(second), int(times) * batch)
-
-    def _count_in(self, second: int, tokens: int) -> None:
-        now, count = self._second
-        count = tokens + (count if now == second else 0)
-        self._second = (second, count)
-        self.most_tokens_per_second = max(self.most_tokens_per_second, count)
+        self.occupancy.planned(plan)
 
     def _note(self, life: _Life, row: int, kind: str, begin: float, end: float) -> None:
         if not self._watch or math.isnan(begin):
@@ -256,17 +210,3 @@ class Recorder:
             self.phases.append(Phase(life.name, row, kind, begin, end))
         else:
             self.num_unwatched += 1
-
-
-class Pool(NamedTuple):
-    """How many blocks are held, cached and blank."""
-
-    held: int
-    cached: int
-    blank: int
-
-    @classmethod
-    def of(cls, manager: BlockManager) -> "Pool":
-        """Count a manager's blocks."""
-        pool = manager.pool
-        return cls(pool.num_held, pool.num_cached, pool.num_available - pool.num_cached)

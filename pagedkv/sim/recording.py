@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.arrays import Float64, Int32
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
@@ -73,8 +73,9 @@ class Recording(CostExecutor):
         """Return how long the steps took: [steps]."""
         return self._times(leap.decision.step, leap.steps)
 
-    def leap_tokens(self, table: SequenceTable, rows: Int64, num_steps: int) -> Int32:
+    def leap_tokens(self, table: SequenceTable, leap: Leap, num_steps: int) -> Int32:
         """Return what rows drew in the coming steps: [K, S]."""
+        rows = leap.drawing
         position = (table.num_known[rows] - table.num_prompt[rows]).tolist()
         seeds = table.sampling["seed"][rows].tolist()
         drawn = [

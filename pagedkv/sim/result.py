@@ -113,9 +113,9 @@ def _gather(
 ) -> SimResult:
     recorders = [replica.recorder for replica in cluster.replicas]
     latency = {name: _merged([r.latency[name] for r in recorders]) for name in LATENCIES}
-    occupancy, tenants = recorders[0].series, recorders[0].tenants
+    occupancy, tenants = recorders[0].occupancy.series, recorders[0].tenants
     for recorder in recorders[1:]:
-        occupancy.merge(recorder.series)
+        occupancy.merge(recorder.occupancy.series)
         tenants.merge(recorder.tenants)
     summary = _summary(cluster, recorders, latency, slo)
     summary |= _pool(cluster, occupancy, config)
@@ -164,7 +164,7 @@ def _summary(
         "output_throughput": outputs / duration,
         "total_token_throughput": (inputs + outputs) / duration,
         "max_concurrent_requests": sum(r.most_in_flight for r in recorders),
-        "max_output_tokens_per_s": sum(r.most_tokens_per_second for r in recorders),
+        "max_output_tokens_per_s": sum(r.occupancy.most_tokens_per_second for r in recorders),
     }
     for name in LATENCIES:
         found |= latency[name].summary(f"{name}_ms", PERCENTILES, 1000.0)

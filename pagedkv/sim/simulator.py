@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
+from pagedkv.core.arrays import Float64
 from pagedkv.core.engine import Engine
 from pagedkv.core.leap import commit_leap, extend_leap, schedule_leap
 from pagedkv.core.request import FinishedSequence, Request, SamplingParams
@@ -16,7 +17,8 @@ from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition, NeverFits
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.executor import CostExecutor
-from pagedkv.sim.recorder import Pool, Recorder
+from pagedkv.sim.occupancy import Pool
+from pagedkv.sim.recorder import Recorder
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest, Workload
@@ -136,9 +138,8 @@ class Replica:
             return None
         rows = leap.decision.batch.rows
         seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
-        ends = np.array(list(itertools.accumulate(seconds.tolist(), initial=self.clock))[1:])
-        steps = min(leap.steps, int(ends.searchsorted(until)) + 1)
-        tokens = self.executor.leap_tokens(scheduler.table, leap.drawing, steps)
+        ends = _ends(self.clock, seconds, until)
+        tokens = self.executor.leap_tokens(scheduler.table, leap, len(ends))
         pool = Pool.of(scheduler.manager)
         leap = extend_leap(scheduler, leap, tokens)
         steps = leap.steps
@@ -150,6 +151,17 @@ class Replica:
         self.recorder.end(finished, self.clock)
         self.num_leaps += steps > 1
         return finished
+
+
+def _ends(clock: float, seconds: Float64, until: float) -> Float64:
+    """Return when steps end, added up as a clock would; the last is the first at ``until``."""
+    ends = []
+    for each in seconds.tolist():
+        clock += each
+        ends.append(clock)
+        if clock >= until:
+            break
+    return np.array(ends)
 
 
 def _round_robin(replicas: list[Replica], number: int) -> int:

@@ -31,28 +31,30 @@ class Distribution:
         self._squares = 0.0
         self._least = math.inf
         self._greatest = -math.inf
-        self._coming: list[tuple[npt.ArrayLike, npt.ArrayLike | int]] = []
+        self._ones: list[float] = []  # what has come and was not counted yet, value by value
+        self._many: list[tuple[Float64, int]] = []  # and by the array
         self._exact: list[tuple[Float64, Int64]] = []
         self._stored = 0
         self._bins: Int64 | None = None
 
-    def add(self, values: npt.ArrayLike, times: npt.ArrayLike | int = 1) -> None:
-        """Take in values, each as often as ``times`` says; arrays must not change afterwards."""
-        self._coming.append((values, times))
-        if len(self._coming) >= _AT_ONCE:
+    def add(self, values: float | Float64, times: int = 1) -> None:
+        """Take in a value, or an array of them that will not change, each so many times."""
+        if isinstance(values, np.ndarray):
+            self._many.append((values, times))
+        else:
+            self._ones += [values] * times
+        if len(self._ones) + len(self._many) >= _AT_ONCE:
             self._settle()
 
     def _settle(self) -> None:
         """Count what has come in."""
-        if not self._coming:
+        if not self._ones and not self._many:
             return
-        parts = [np.atleast_1d(np.asarray(values, np.float64)) for values, _ in self._coming]
-        times = [times for _, times in self._coming]
-        self._coming = []
+        parts = [np.array(self._ones, np.float64), *(values for values, _ in self._many)]
+        times = np.array([1, *(times for _, times in self._many)])
+        self._ones, self._many = [], []
+        often = np.repeat(times, [len(part) for part in parts])
         new = np.concatenate(parts)
-        often = np.concatenate(
-            [np.full(part.shape, n, np.int64) for part, n in zip(parts, times, strict=True)]
-        )
         if not new.size:
             return
         weighted = new * often
@@ -194,6 +196,7 @@ class Series:
         self._weights: Float64 = np.zeros(2 * bins)
         self._peaks: Float64 = np.zeros(len(names))
         self._coming: list[tuple[Float64, Float64, Float64]] = []
+        self._waiting = 0
 
     def add(self, ends: Float64, durations: Float64, values: Float64) -> None:
         """Take in steps: [K] when each ended, [K] how long it was, [K, N] what held during it.
@@ -201,14 +204,15 @@ class Series:
         A step counts in the stretch in which it ended. The arrays must not change afterwards.
         """
         self._coming.append((ends, durations, values))
-        if len(self._coming) >= _AT_ONCE:
+        self._waiting += len(ends)
+        if self._waiting >= _AT_ONCE:
             self._settle()
 
     def _settle(self) -> None:
         """Count what has come in."""
         if not self._coming:
             return
-        coming, self._coming = self._coming, []
+        coming, self._coming, self._waiting = self._coming, [], 0
         ends, durations, values = (np.concatenate(parts) for parts in zip(*coming, strict=True))
         self._peaks = np.maximum(self._peaks, values.max(axis=0))
         while float(ends[-1]) >= self.width * len(self._weights):

@@ -82,16 +82,17 @@ def test_the_work_of_a_leap_is_each_step_s_own():
         resident=np.array([[5, 17, 100]], np.int32),
         steps=4,
     )
-    many = leap_work(leap, 16)
+    first, rest = leap_work(leap, 16)
     resident = [5, 17, 100]
     for step in range(4):
         counts = [1, 1, 20 if step == 0 else 8]
         pairs = sum(c * r + c * c / 2 for c, r in zip(counts, resident, strict=True))
         resident = [r + c for r, c in zip(resident, counts, strict=True)]
-        assert many.num_tokens[step] == sum(counts)
-        assert many.context_tokens[step] == sum(resident)
-        assert many.attention_pairs[step] == pairs
-        assert many.swapped_tokens[step] == (48 if step == 0 else 0)
+        work, at = (rest, step - 1) if step else (first, ...)
+        assert work.num_tokens == sum(counts)
+        assert np.asarray(work.context_tokens)[at] == sum(resident)
+        assert np.asarray(work.attention_pairs)[at] == pairs
+        assert work.swapped_tokens == (48 if step == 0 else 0)
 
 
 def test_a_fit_finds_the_numbers_that_made_the_times():

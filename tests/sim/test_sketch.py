@@ -14,8 +14,11 @@ def test_percentiles_are_numpys_while_values_are_few():
     times = rng.integers(1, 4, 5000)
     found = Distribution()
     for start in range(0, 5000, 617):
-        found.add(values[start : start + 617], times[start : start + 617])
-    every = np.repeat(values, times)
+        part, often = values[start : start + 617], times[start : start + 617]
+        for count in (1, 2, 3):
+            found.add(part[often == count], count)
+        found.add(float(values[0]), 2)
+    every = np.append(np.repeat(values, times), np.repeat(values[0], 2 * 9))
     assert found.percentile(PERCENTS) == pytest.approx(np.percentile(every, PERCENTS))
     assert found.mean == pytest.approx(every.mean())
     assert found.deviation == pytest.approx(every.std())

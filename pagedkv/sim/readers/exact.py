@@ -8,7 +8,7 @@ import numpy as np
 
 from pagedkv.config import LARGEST_INT32
 from pagedkv.core.arrays import Int32
-from pagedkv.sim.content import Content, stream_ids
+from pagedkv.sim.content import Content, stream_id
 from pagedkv.sim.readers.rows import Rows
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -30,7 +30,7 @@ def llmservingsim(path: Path, *, on_error: str = "raise") -> Workload:
                     arrival=rows.arrival(rows.number(row, "arrival_time_ns") / 1e9),
                     prompt=Content(none, none, None, _tokens(rows, row, inputs)),
                     output_len=rows.length(row, "output_toks"),
-                    output_stream=int(stream_ids(OUTPUTS, [number])[0]),
+                    output_stream=stream_id(OUTPUTS, number),
                 )
 
     return Workload(path.name, source, skipped=rows.skipped)

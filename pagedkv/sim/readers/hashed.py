@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pagedkv.sim.content import stream_ids
+from pagedkv.sim.content import stream_id
 from pagedkv.sim.readers.rows import Rows, block_content
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -65,7 +65,7 @@ def _request(
         arrival=rows.arrival(rows.number(row, names[0]) * seconds),
         prompt=block_content(BLOCKS, ids, length, block_size),
         output_len=output,
-        output_stream=int(stream_ids(OUTPUTS, [number])[0]),
+        output_stream=stream_id(OUTPUTS, number),
         tenant=tenant,
     )
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int64
 from pagedkv.errors import TraceError
-from pagedkv.sim.content import stream_ids, text
+from pagedkv.sim.content import stream_id, text
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["servegen"]
@@ -173,9 +173,9 @@ def _requests(
             key = (seed * 1_000 + number) * 100_000_000 + count
             yield SimRequest(
                 arrival=when - start,
-                prompt=text(int(stream_ids(PROMPTS, [key])[0]), _length(inputs, drawn[0])),
+                prompt=text(stream_id(PROMPTS, key), _length(inputs, drawn[0])),
                 output_len=_length(outputs, drawn[1]),
-                output_stream=int(stream_ids(OUTPUTS, [key])[0]),
+                output_stream=stream_id(OUTPUTS, key),
                 tenant=client.name,
             )
 

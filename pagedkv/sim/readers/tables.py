@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from pagedkv.sim.content import stream_ids, text
+from pagedkv.sim.content import stream_id, text
 from pagedkv.sim.readers.rows import Rows
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -19,9 +19,9 @@ def _lengths_only(
     """Return a request that shares nothing with any other."""
     return SimRequest(
         arrival=arrival,
-        prompt=text(int(stream_ids(PROMPTS, [number])[0]), inputs),
+        prompt=text(stream_id(PROMPTS, number), inputs),
         output_len=outputs,
-        output_stream=int(stream_ids(OUTPUTS, [number])[0]),
+        output_stream=stream_id(OUTPUTS, number),
         tenant=tenant,
         session=session,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.core.arrays import Int64
-from pagedkv.sim.content import stream_ids
+from pagedkv.sim.content import stream_id
 from pagedkv.sim.readers.rows import Rows, block_content
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -131,12 +131,12 @@ def _request(
     if missing:
         own = -1 - np.arange(missing) - 1_000_000 * (at + 1)  # nobody else's
         ids = np.concatenate([ids, own])
-    place = stream_ids(7, [number])[0]
+    place = stream_id(7, number)
     return SimRequest(
         arrival=start + when,
-        prompt=block_content(int(place), ids, length, BLOCK_SIZE),
+        prompt=block_content(place, ids, length, BLOCK_SIZE),
         output_len=output,
-        output_stream=int(stream_ids(OUTPUTS, [number * 1_000_000 + at])[0]),
+        output_stream=stream_id(OUTPUTS, number * 1_000_000 + at),
         session=session,
         think=think if at else 0.0,
     )

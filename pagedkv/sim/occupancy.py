@@ -1,0 +1,165 @@
+"""How full a pool was and how much ran in it, over time."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.leap import Leap
+from pagedkv.core.manager import BlockManager
+from pagedkv.core.plan import StepPlan
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.sim.sketch import Series
+
+__all__ = ["SERIES", "Occupancy", "Pool"]
+
+SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
+_AT_ONCE = 512
+
+
+class Pool(NamedTuple):
+    """How many blocks are held, cached and blank."""
+
+    held: int
+    cached: int
+    blank: int
+
+    @classmethod
+    def of(cls, manager: BlockManager) -> "Pool":
+        """Count a manager's blocks."""
+        pool = manager.pool
+        cached, available = pool.num_cached, pool.num_available
+        return cls(pool.num_blocks - available, cached, available - cached)
+
+
+class _Stretch(NamedTuple):
+    """The steps of a leap: how long, which took how many blocks, and what they began with."""
+
+    ends: Float64
+    seconds: Float64
+    taken_at: Int32
+    pool: Pool
+    running: int
+    waiting: int
+    wasted: int  # slots of held blocks that are empty, after the first step
+    freed: int  # how many fewer each step after it leaves empty, but for the blocks it takes
+    first: int  # tokens that the first step computes
+    then: int  # those of each after it
+    drawn: int
+
+
+class Occupancy:
+    """Series of one engine's pool, and the busiest second of its clock.
+
+    Leaps are kept as they are and unfolded many at once.
+
+    Attributes:
+        series: Of the quantities in `SERIES`.
+        most_tokens_per_second: The most that were drawn in any second.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._size = scheduler.manager.block_size
+        self._series = Series(SERIES)
+        self._stretches: list[_Stretch] = []
+        self._during: Float64 = np.zeros((1, len(SERIES)))
+        self._second, self._tokens, self._most = -1, 0, 0
+
+    @property
+    def series(self) -> Series:
+        """The series, of all that came so far."""
+        self._unfold()
+        return self._series
+
+    @property
+    def most_tokens_per_second(self) -> int:
+        """The most tokens that were drawn in any second."""
+        self._unfold()
+        return self._most
+
+    def planned(self, plan: StepPlan) -> None:
+        """Look at the pool between schedule and commit: what the step holds while it runs."""
+        pool = Pool.of(self._scheduler.manager)
+        counts = pool.held, pool.cached, len(plan.rows), self._scheduler.num_waiting
+        waste = int((-plan.num_resident % self._size).sum())
+        self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
+
+    def step(self, end: float, seconds: float, drawn: int) -> None:
+        """Take in the step that was planned last: when it ended, how long it took, tokens drawn."""
+        self._unfold()
+        ends = np.array([end])
+        self._series.add(ends, np.array([seconds]), self._during)
+        self._count(ends.astype(np.int64), np.array([drawn]))
+
+    def leap(self, leap: Leap, pool: Pool, ends: Float64, seconds: Float64) -> None:
+        """Take in an extended leap before it is committed.
+
+        Args:
+            pool: As it was during the first step.
+            ends, seconds: [K] When each step ended, and how long it took.
+        """
+        assert leap.taken_at is not None
+        batch, then = leap.decision.batch, int(leap.then.sum())
+        wasted = int((-(leap.resident + batch.counts) % self._size).sum())
+        self._stretches.append(
+            _Stretch(
+                ends=ends,
+                seconds=seconds,
+                taken_at=leap.taken_at,
+                pool=pool,
+                running=len(leap.then),
+                waiting=self._scheduler.num_waiting,
+                wasted=wasted,
+                freed=len(leap.resident) * then,
+                first=batch.num_tokens,
+                then=then,
+                drawn=len(leap.drawing),
+            )
+        )
+        if len(self._stretches) >= _AT_ONCE:
+            self._unfold()
+
+    def _unfold(self) -> None:
+        """Count the leaps that have come in, step by step."""
+        if not self._stretches:
+            return
+        stretches, self._stretches = self._stretches, []
+        steps = np.array([len(each.ends) for each in stretches])
+        start = np.cumsum(steps) - steps
+        # What each step is like, from what its leap began with.
+        facts = np.repeat(np.array([(*e.pool, *e[4:]) for e in stretches]), steps, axis=0)
+        held, cached, blank, running, waiting, wasted, freed, first, then, drawn = facts.T
+        repeat = np.arange(len(facts)) - np.repeat(start, steps)
+        fresh = self._taken_so_far(stretches, start, steps)
+        ends = np.concatenate([each.ends for each in stretches])
+        columns = (
+            held + fresh,
+            cached - np.maximum(0, fresh - blank),
+            running,
+            waiting,
+            wasted + fresh * self._size - repeat * freed,
+            np.where(repeat, then, first),
+        )
+        seconds = np.concatenate([each.seconds for each in stretches])
+        self._series.add(ends, seconds, np.stack(columns, axis=1).astype(np.float64))
+        self._count(ends.astype(np.int64), drawn)
+
+    @staticmethod
+    def _taken_so_far(stretches: list[_Stretch], start: Int64, steps: Int64) -> Int64:
+        """Return how many blocks each step's leap had taken by then."""
+        taken_at = np.concatenate([each.taken_at for each in stretches])
+        of = np.repeat(start, [len(each.taken_at) for each in stretches])
+        taken: Int64 = np.bincount(taken_at + of, minlength=int(steps.sum()))
+        total = np.cumsum(taken)
+        fresh: Int64 = total - np.repeat(total[start] - taken[start], steps)
+        return fresh
+
+    def _count(self, seconds: Int64, drawn: Int64) -> None:
+        """Keep the most tokens of a second: [K] seconds, ascending, [K] tokens of each step."""
+        begin = np.concatenate([[0], np.flatnonzero(np.diff(seconds)) + 1])
+        tokens = np.add.reduceat(drawn, begin)
+        if self._second == int(seconds[0]):
+            tokens[0] += self._tokens
+        self._second, self._tokens = int(seconds[-1]), int(tokens[-1])
+        self._most = max(self._most, int(tokens.max()))
