@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,45 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def goals(
+    steps: list[dict[str, Any]],
+    pools: list[dict[str, float]],
+    hashing: float,
+    held: dict[str, float],
+    other: dict[str, Any] | None,
+) -> Iterator[tuple[str, str]]:
+    """Yield each goal with what this run measured for it, if it measured that."""
+    ours = {(each["running"], each.get("tables")): np.median(each["cpu"]) * 1e6 for each in steps}
+    theirs = {
+        each["running"]: np.median(each["cpu"]) * 1e6 for each in (other or {}).get("steps", ())
+    }
+    for running, share in ((512, 20), (16, 1)):
+        if running in theirs and (running, None) in ours:
+            ratio = theirs[running] / ours[running, None]
+            yield f"{running} sequences: at most 1/{share} of vLLM's step", f"1/{ratio:.1f}"
+    if (4096, None) in ours:
+        yield "4,096 sequences: under 3,000", f"{ours[4096, None]:.0f}"
+    if {(512, None), (8192, None)} <= ours.keys():
+        few, many = ours[512, None] / 512, ours[8192, None] / 8192
+        yield "per sequence, less at 8,192 than at 512", f"{few:.2f} -> {many:.2f}"
+    for each in steps:
+        if each.get("tables") in ("layer", "head"):
+            goal = f"256 sequences, one table per {each['tables']}, {each['policy']}: under 2,000"
+            yield goal, f"{np.median(each['cpu']) * 1e6:.0f}"
+    for name in ("allocate_free", "reclaim_free"):
+        if other:
+            ratio = other["pool"][name] / pools[0][name]
+            yield f"{name.replace('_', ' + ')} per block: at most 1/5 of vLLM's", f"1/{ratio:.1f}"
+        ratio = pools[1][name] / pools[0][name]
+        yield (
+            f"{name.replace('_', ' + ')}, pool of 1,000,000 beside 10,000: no more",
+            f"x{ratio:.2f}",
+        )
+    yield "hash of 16 tokens: under 1.5", f"{hashing:.2f}"
+    yield "bytes per pool block, findable or not: at most 40", f"{held['per_block']:.1f}"
+    yield "bytes per block-table entry: at most 24", f"{held['per_entry']:.0f}"
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -267,7 +307,7 @@ def main() -> None:
     if other:
         print(
             f"  vLLM: allocate + free {other['pool']['allocate_free']:.3f}, "
-            f"hash {other['hash']:.2f}"
+            f"reclaim + free {other['pool']['reclaim_free']:.3f}, hash {other['hash']:.2f}"
         )
     else:
         print("\nvLLM was not driven: give --vllm-python the Python of an environment that has it.")
@@ -276,6 +316,9 @@ def main() -> None:
         f"\nBytes: {held['per_block']:.1f} per pool block, {held['per_entry']:.0f} per block-table "
         "entry."
     )
+    print("\nGoal, and what was measured (CPU p50 of steps, microseconds)")
+    for goal, measured in goals(steps, pools, hashing, held, other):
+        print(f"  {goal:78s} {measured}")
     if args.json:
         found = {"step": steps, "pool": pools, "hash": hashing, "memory": held, "vllm": other}
         args.json.write_bytes(msgspec.json.encode(facts | found))

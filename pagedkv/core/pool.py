@@ -44,7 +44,7 @@ class BlockPool:
 
     def references(self, ids: Int32) -> Int32:
         """Return how many references blocks have, in the shape of ``ids``."""
-        return np.maximum(self._state[ids], 0)
+        return np.maximum(self._state.take(ids), 0)
 
     @property
     def ref_count(self) -> Int32:
@@ -116,12 +116,12 @@ class BlockPool:
         Raises:
             InvalidTransition: A block has fewer references than ``ids`` drops; nothing changes.
         """
-        before = self._state[ids]
+        before = self._state.take(ids)
         left = before - 1
         # Whether a block is named twice: then what is written for it here does not come back.
         order = np.arange(len(ids), dtype=np.int32)
         self._state[ids] = order
-        if (self._state[ids] == order).all() and left.min(initial=0) >= 0:
+        if (self._state.take(ids) == order).all() and left.min(initial=0) >= 0:
             self._state[ids] = left
             self._free(ids, left == 0, findable)
             return

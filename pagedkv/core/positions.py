@@ -40,5 +40,5 @@ def turns(batch: Batch, width: int) -> Int32 | None:
     # In place: fresh pages cost more than the arithmetic.
     ahead = query[:, :, None] - index * np.int32(table.block_size)
     turned: Int32 = table.rotation[:, at, :width] + ahead
-    turned *= (index < last[:, :, None]).astype(np.int32)
+    turned *= index < last[:, :, None]
     return turned if turned.any() else None

@@ -94,7 +94,9 @@ class PrefixIndex:
     def findable(self, ids: Int32) -> Bool:
         """Return for each block id whether its content can be found."""
         known: Bool
-        known = self._next[ids] >= END if self.num_groups == 1 else self._entry_of[ids] >= 0
+        known = (
+            self._next.take(ids) >= END if self.num_groups == 1 else self._entry_of.take(ids) >= 0
+        )
         return known
 
     def hashes_of(self, ids: Int32) -> list[bytes]:
@@ -226,7 +228,7 @@ class PrefixIndex:
         """
         entries = self._entries_of(ids)
         blocks = self._blocks_of(entries).ravel()
-        self._next[entries] = REMOVED - self._next[entries]
+        self._next[entries] = REMOVED - self._next.take(entries)
         self._count -= len(entries)
         if self.num_groups > 1:
             self._entry_of[blocks] = END
@@ -243,7 +245,7 @@ class PrefixIndex:
     def _entries_of(self, ids: Int32) -> Int32:
         """Return the entries that have one of the blocks, each once."""
         if self.num_groups == 1:
-            return ids[self._next[ids] >= END]
+            return ids[self._next.take(ids) >= END]
         entries = np.unique(self._entry_of[ids])
         return entries[entries >= 0]
 

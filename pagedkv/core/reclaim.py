@@ -162,8 +162,13 @@ class CachedOrder:
 
     def _live(self, level: int, line: _Line, start: int, end: int) -> Int32:
         window = line.ids[start:end]
-        here = self._state[window] == _places(start, end)
-        live: Int32 = window[here & (self._level[window] == level)]
+        return window[self._is_live(level, window, start)]
+
+    def _is_live(self, level: int, ids: Int32, start: int) -> Bool:
+        """Return which of the blocks that a line has from a place on are still there."""
+        live: Bool = self._state.take(ids) == _places(start, start + len(ids))
+        if self.order != "lru":
+            live &= self._level.take(ids) == level
         return live
 
     def _demote(self) -> None:
@@ -218,13 +223,12 @@ class CachedOrder:
         line = self._lines[level]
         line.count -= count
         taken: list[Int32] = []
-        reach = max(2 * count, FIRST_LENGTH)
+        reach = max(count, FIRST_LENGTH)
         while count:
             end = min(line.head + reach, line.tail)
             reach *= 2  # a long dead stretch is crossed in few strides
             window = line.ids[line.head : end]
-            here = self._state[window] == _places(line.head, end)
-            live = np.flatnonzero(here & (self._level[window] == level))[:count]
+            live = self._is_live(level, window, line.head).nonzero()[0][:count]
             taken.append(window[live])
             count -= len(live)
             line.head = end if count else line.head + int(live[-1]) + 1
