@@ -12,6 +12,8 @@ from pagedkv.core.table import SequenceTable
 
 __all__ = ["Batch"]
 
+NOBODY: Int64 = np.empty(0, np.int64)
+
 
 class Batch:
     """B rows of a table, how many tokens each computes, and the facts of their sequences.
@@ -117,7 +119,7 @@ class Batch:
     def first_time(self) -> Int32:
         """[B] How many of the tokens were never computed before."""
         scored = self.table.num_scored[self.at]
-        if not scored.any():
+        if not np.count_nonzero(scored):
             return self.counts
         computed = self.table.num_computed[self.at]
         counts: Int32 = np.maximum(computed + self.counts - np.maximum(computed, scored), 0)
@@ -135,18 +137,22 @@ class Batch:
     @cached_property
     def rotates(self) -> Bool | None:
         """[B] Whose policy closes the gaps that it leaves; None if nobody's does."""
+        if not self.table.keeps_scores:
+            return None
         rotates = self.table.rotates[self.rows]
         return rotates if rotates.any() else None
 
     @cached_property
     def by_token(self) -> Int64:
         """The indices of rows whose policy evicts single tokens."""
+        if not self.table.keeps_scores:
+            return NOBODY
         return np.flatnonzero(self.table.by_token[self.at])
 
     @cached_property
     def forked(self) -> bool:
         """Whether any may share a block that is not full. A fork starts rows."""
-        return bool(self.table.forked[self.at].any())
+        return np.count_nonzero(self.table.forked[self.at]) > 0
 
     @cached_property
     def prompt_logprobs(self) -> Int32 | None:

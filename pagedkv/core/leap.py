@@ -83,13 +83,14 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
     known = table.num_known[rows]
     left = known - table.num_computed[rows] - first
     then, drawing = np.ones(len(rows), np.int32), rows
-    if left.any():
+    goes_on = np.count_nonzero(left) > 0  # a prompt
+    if goes_on:
         drawing, known = rows[left == 0], known[left == 0]
     room = int((table.limit[drawing] - known).min(initial=FAR))
     resident = table.num_resident[:, rows]
     steps = min(most, room, _repeats(scheduler, decision, left))
     if steps > 1:
-        if left[-1]:
+        if goes_on:
             then[-1] = _chunk(scheduler, len(rows))
         steps = 1 + _growth_steps(manager, rows, resident + first, then, steps - 1)
     return Leap(
@@ -107,11 +108,11 @@ def _repeats(scheduler: Scheduler, decision: Decision, left: Int32) -> int:
     batch = len(left)
     if not batch or batch < len(scheduler.table.running) or roster.finished:
         return 1
-    if left.any():
+    if np.count_nonzero(left):
         # A prompt that takes all the budget keeps everybody out, until its last tokens.
         chunk = _chunk(scheduler, batch)
         waits = roster.waiting and limits.scheduling_policy == "priority"
-        if left[:-1].any() or limits.long_prefill_token_threshold or waits or chunk < 1:
+        if np.count_nonzero(left[:-1]) or limits.long_prefill_token_threshold or waits or chunk < 1:
             return 1
         return 1 + (int(left[-1]) - 1) // chunk
     if batch > limits.max_num_batched_tokens:
@@ -204,14 +205,13 @@ def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
         batch = batch.over(leap.counts(steps))
     scheduler.tenants.charge(batch.tenants, batch.first_time)
     scheduler.manager.advance(batch)
-    drawn = np.full(len(leap.drawing), steps, np.int32)
-    table.num_known[leap.drawing] += drawn
-    scheduler.tenants.charge(table.tenant[leap.drawing], drawn)
+    table.num_known[leap.drawing] += np.int32(steps)
+    scheduler.tenants.charge(table.tenant[leap.drawing], steps)
     if scheduler.config.scheduler.admission == "optimistic":
         for _ in range(steps - 1):
             scheduler.admission.step()
     scheduler.totals.num_steps += steps - 1
-    scheduler.totals.generation_tokens += steps * len(drawn)
+    scheduler.totals.generation_tokens += steps * len(leap.drawing)
     if steps == leap.room:
         known = table.num_known[leap.drawing]
         full, last = known >= table.limit[leap.drawing], table.token_ids[leap.drawing, known - 1]

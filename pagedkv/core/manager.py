@@ -19,9 +19,9 @@ from pagedkv.events import KVEvent
 __all__ = ["BlockManager"]
 
 DEFAULT_NUM_BLOCKS = 1024
+NO_BLOCKS: Int32 = np.empty(0, np.int32)
 NO_COPIES: Int32 = np.empty((0, 2), np.int32)
 NO_MOVES: Int64 = np.empty((0, 2), np.int64)
-NOBODY: Bool = np.zeros((1, 1), np.bool_)
 
 
 class BlockManager:
@@ -109,7 +109,8 @@ class BlockManager:
         if most * self.num_groups <= self.pool.num_available:
             return 0
         fresh, copied = self._needs(batch)
-        return max(0, int(fresh.sum() + copied.sum()) - self.pool.num_available)
+        num_copies = 0 if copied is None else int(copied.sum())
+        return max(0, int(fresh.sum()) + num_copies - self.pool.num_available)
 
     def grow(self, batch: Batch) -> Int32:
         """Give each row the slots that its next tokens are written to.
@@ -126,20 +127,22 @@ class BlockManager:
             OutOfBlocks: `shortfall` is not 0; nothing changes.
         """
         fresh, copied = self._needs(batch)
-        num_copies, num_fresh = int(copied.sum()), int(fresh.sum())
-        ids = self.allocate(num_copies + num_fresh)
-        copies = self._unshare(batch.rows, copied, ids[:num_copies])
+        num_copies = 0 if copied is None else int(copied.sum())
+        ids = self.allocate(num_copies + int(fresh.sum()))
+        copies = NO_COPIES
+        if copied is not None and num_copies:
+            copies = self._unshare(batch.rows, copied, ids[:num_copies])
         self.table.append_blocks(batch.rows, fresh, ids[num_copies:])
         return copies
 
-    def _needs(self, batch: Batch) -> tuple[Int32, Bool]:
-        """Return the blocks to append and which tails to copy: both [groups, B]."""
+    def _needs(self, batch: Batch) -> tuple[Int32, Bool | None]:
+        """Return the blocks to append and which tails to copy, None for none: both [groups, B]."""
         table, at, size = self.table, batch.at, self.block_size
         resident = table.num_resident[:, at]
         fresh = (resident + (batch.counts + (size - 1))) // size - table.num_blocks[:, at]
         # Only forks share a block that is not full: elsewhere there is nothing to look up.
         if not batch.forked:
-            return fresh, NOBODY
+            return fresh, None
         inside = resident % size > 0
         tails = self._tails(batch.rows)
         shared = inside & (self.pool.references(tails) > 1)
@@ -155,7 +158,8 @@ class BlockManager:
 
     def num_copies(self, rows: Int32) -> int:
         """Return how many tail blocks rows would have to copy to write on, all of them now."""
-        return int(self._needs(Batch(self.table, rows, np.ones(len(rows), np.int32)))[1].sum())
+        copied = self._needs(Batch(self.table, rows, np.ones(len(rows), np.int32)))[1]
+        return 0 if copied is None else int(copied.sum())
 
     def _tails(self, rows: Int32) -> Int32:
         """Return each table's last block, or 0 where it has none: [groups, B]."""
@@ -165,8 +169,6 @@ class BlockManager:
         return tails
 
     def _unshare(self, rows: Int32, copied: Bool, targets: Int32) -> Int32:
-        if not len(targets):
-            return NO_COPIES
         group, member = np.nonzero(copied)
         sources = self._tails(rows)[copied]
         at = rows[member]
@@ -180,6 +182,8 @@ class BlockManager:
         Raises:
             OutOfBlocks: Fewer are available; nothing changes.
         """
+        if not count:
+            return NO_BLOCKS
         reclaimed = self.pool.num_reclaimed
         ids = self.pool.allocate(count)
         if reclaimed != self.pool.num_reclaimed:  # blank ones cannot be found

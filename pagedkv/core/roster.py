@@ -65,7 +65,8 @@ class Roster:
     def admit(self, seq: Sequence, hits: Int32, stop_ids: list[int]) -> None:
         """Take a waiting sequence into rows, starting from cached blocks or what was swapped."""
         self.waiting.remove(seq)
-        for member, row in zip(seq.group, self._table.free_rows.tolist(), strict=False):
+        group = seq.group
+        for member, row in zip(group, self._table.free_rows[: len(group)].tolist(), strict=True):
             member.row = row
             member.move(Status.RUNNING)
             self._table.bind(member, row, stop_ids)

@@ -269,7 +269,7 @@ class Scheduler:
         if result.logprobs is not None:
             self.table.cumulative[rows] += np.asarray(result.logprobs)[sample]
         self._totals.generation_tokens += len(rows)
-        self.tenants.charge(draws.tenants, np.ones(len(rows), np.int32))
+        self.tenants.charge(draws.tenants, 1)
         self._finish_ended(rows, token_ids, stopped, full)
         finished, self._roster.finished = self._roster.finished, []
         if self._audits:
@@ -285,7 +285,7 @@ class Scheduler:
         rest = self._beams.take(plan, result, sample)
         rows, over = self._beams.advance()
         self._totals.generation_tokens += len(rows)
-        self.tenants.charge(self.table.tenant[rows], np.ones(len(rows), np.int32))
+        self.tenants.charge(self.table.tenant[rows], 1)
         for search in over:
             eos = self.config.model.eos_token_ids
             self._roster.finished += self._roster.end_search(search, eos)

@@ -247,9 +247,12 @@ class SequenceTable:
         """
         if not len(ids):
             return
+        if counts.size == 1 and not self.keeps_scores:  # a prompt
+            self._append_run(int(rows[0]), ids)
+            return
         # Flat indices: looking up by group, row and entry takes several times as long.
         where = counts.ravel().nonzero()[0]
-        group, member = np.divmod(where, len(rows))
+        group, member = np.divmod(where, len(rows)) if len(counts) > 1 else (0, where)
         row = rows[member]
         table = group * self.num_rows + row
         index = self.num_blocks.ravel()[table]
@@ -269,6 +272,17 @@ class SequenceTable:
         if self.keeps_scores:
             for name in SCORE_COLUMNS:
                 getattr(self, name).reshape(-1)[entry] = 0
+
+    def _append_run(self, row: int, ids: Int32) -> None:
+        """Append blocks to a row's only table, none of which has scores."""
+        size, first = self.block_size, int(self.num_blocks[0, row])
+        end = first + len(ids)
+        self.reserve_blocks(end)
+        self.block_table[0, row, first:end] = ids
+        self.num_blocks[0, row] = end
+        ahead = np.arange(first * size, end * size, size) - self.num_resident[0, row]
+        self.first_position[0, row, first:end] = ahead + self.num_computed[row]
+        self.rotation[0, row, first:end] = ahead + self.next_position[row]
 
     def keep_blocks(self, rows: Int32, keep: Bool) -> Int32:
         """Drop table entries and close the gaps; the order of the rest stands.
@@ -349,6 +363,9 @@ class SequenceTable:
 
         Freed in this order, the blocks that hold one stretch of tokens are reclaimed together.
         """
+        if self.num_groups == 1:
+            own: Int32 = self.block_table[0, row, : self.num_blocks[0, row]][::-1].copy()
+            return own
         count = self.num_blocks[:, row, None]
         at = count - 1 - np.arange(count.max())
         ids = np.take_along_axis(self.block_table[:, row], np.maximum(at, 0), axis=1)

@@ -82,8 +82,13 @@ class Tenants:
             self.served[number] = max(int(self.served[number]), least)
         return number
 
-    def charge(self, tenants: Int32, tokens: Int32 | Int64) -> None:
-        """Count tokens served: [N] tenants, [N] tokens."""
+    def charge(self, tenants: Int32, tokens: Int32 | int) -> None:
+        """Count tokens served: [N] tenants, [N] tokens, or so many each."""
+        if isinstance(tokens, int):
+            if len(self.served) == 1:
+                self.served += tokens * len(tenants)
+                return
+            tokens = np.full(len(tenants), tokens, np.int32)
         if len(self.served) == 1:
             self.served += int(tokens.sum())
             return
