@@ -152,7 +152,7 @@ class Batch:
     @cached_property
     def forked(self) -> bool:
         """Whether any may share a block that is not full. A fork starts rows."""
-        return np.count_nonzero(self.table.forked[self.at]) > 0
+        return bool(np.count_nonzero(self.table.forked[self.at]))
 
     @cached_property
     def prompt_logprobs(self) -> Int32 | None:
