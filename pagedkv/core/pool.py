@@ -66,6 +66,12 @@ class BlockPool:
         """Blocks that some sequence holds."""
         return self.num_blocks - self.num_available
 
+    def is_blank(self) -> Bool:
+        """Return which blocks are free and their content worthless: [num_blocks]. O(blocks)."""
+        blank: Bool = np.zeros(self.num_blocks, np.bool_)
+        blank[self._blank[: self._num_blank]] = True
+        return blank
+
     def allocate(self, count: int) -> Int32:
         """Take ``count`` blocks, each with one reference: [count] block ids.
 

@@ -10,6 +10,7 @@ from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.bridge import forward
 from pagedkv.device.models import LoadedModel
 from pagedkv.device.operators import CpuPagedOp
+from pagedkv.device.poison import Poison
 from pagedkv.device.prompt_scores import score_prompt
 from pagedkv.device.sampling import sample
 from pagedkv.device.store import KVStore, one_group
@@ -26,6 +27,7 @@ class TorchExecutor:
         layout: The scheduler's groups; one for everything if omitted.
         operator: The xformers operator that attends; ours for the CPU is compiled here, so that no
             step waits for it.
+        poison: Keeps what nobody may read full of NaN, in audited runs.
 
     Raises:
         UnsupportedBackend: The CPU operator cannot be compiled for what the store holds.
@@ -38,11 +40,13 @@ class TorchExecutor:
         *,
         layout: GroupLayout | None = None,
         operator: type = CpuPagedOp,
+        poison: Poison | None = None,
     ) -> None:
         self.model = model
         self.store = store
         self.layout = layout or one_group(model.geometry)
         self.operator = operator
+        self._poison = poison
         if operator is CpuPagedOp:
             CpuPagedOp.get_ready(store.keys.dtype)
 
@@ -63,6 +67,8 @@ class TorchExecutor:
         if len(plan.copies):
             copies = torch.from_numpy(plan.copies).long()
             self.store.copy_blocks(copies[:, 0], copies[:, 1])
+        if self._poison:
+            self._poison.spread(plan)
         logits, observed = self.forward(plan)
         num_samples = len(plan.sample_index)
         result = sample(logits[:num_samples], plan.sampling)

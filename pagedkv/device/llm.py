@@ -23,6 +23,7 @@ from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.inputs import Message, Prompt, as_conversations, as_prompts, encode, per_prompt
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
+from pagedkv.device.poison import Poison
 from pagedkv.device.store import KVStore, bytes_per_block, check_memory, storage_dtype
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy
@@ -79,7 +80,13 @@ class LLM:
             num_cpu_blocks=self.config.cache.num_cpu_blocks,
             poison=audit_enabled(),
         )
-        executor = TorchExecutor(self.model, self.store, layout=self.scheduler.layout)
+        is_blank = self.scheduler.manager.pool.is_blank
+        executor = TorchExecutor(
+            self.model,
+            self.store,
+            layout=self.scheduler.layout,
+            poison=Poison(self.store, is_blank) if audit_enabled() else None,
+        )
         self.engine = Engine(self.scheduler, executor)
         self._collector = OutputCollector(self.model.tokenizer, geometry.eos_token_ids)
         self._num_requests = 0

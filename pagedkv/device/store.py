@@ -122,11 +122,15 @@ class KVStore:
         )
         self._host_keys = torch.empty(host, dtype=kind, pin_memory=pinned)
         self._host_values = torch.empty(host, dtype=kind, pin_memory=pinned)
-        if poison:
-            for pool in (self.keys, self.values):
-                (pool.view(torch.float32) if self._quantized else pool).fill_(torch.nan)
         self._key_slots = self.keys.view(shape[0], num_blocks * block_size, -1)
         self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
+        if poison:
+            self.fill_nan(slice(None))
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.keys.shape[2]
 
     @property
     def bytes_per_slot(self) -> int:
@@ -150,6 +154,11 @@ class KVStore:
         for pool, fresh in ((self._key_slots, key), (self._value_slots, value)):
             rows = quantize(fresh) if self._quantized else fresh.to(pool.dtype)
             pool[slot_layer].index_copy_(0, slots, rows.reshape(len(slots), -1))
+
+    def fill_nan(self, slots: Tensor | slice) -> None:
+        """Fill single slots with NaN in every layer; int64 [N]. Packed rows then read as NaN."""
+        for pool in (self._key_slots, self._value_slots):
+            (pool.view(torch.float32) if self._quantized else pool)[:, slots] = torch.nan
 
     def move_slots(self, sources: Tensor, targets: Tensor) -> None:
         """Copy single slots in every layer, reading all sources before a target is written.
