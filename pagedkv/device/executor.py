@@ -9,7 +9,7 @@ from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.bridge import forward
 from pagedkv.device.models import LoadedModel
-from pagedkv.device.operators import CpuPagedOp
+from pagedkv.device.operators import CpuPagedOp, PagedOp
 from pagedkv.device.poison import Poison
 from pagedkv.device.prompt_scores import score_prompt
 from pagedkv.device.sampling import sample
@@ -25,12 +25,12 @@ class TorchExecutor:
         model: What `load_model` gave.
         store: Blocks for at least as many ids as the scheduler hands out.
         layout: The scheduler's groups; one for everything if omitted.
-        operator: The xformers operator that attends; ours for the CPU is compiled here, so that no
-            step waits for it.
+        operator: The xformers operator that attends; it is compiled here, so that no step waits
+            for it.
         poison: Keeps what nobody may read full of NaN, in audited runs.
 
     Raises:
-        UnsupportedBackend: The CPU operator cannot be compiled for what the store holds.
+        UnsupportedBackend: The operator cannot be compiled for what the store holds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TorchExecutor:
         store: KVStore,
         *,
         layout: GroupLayout | None = None,
-        operator: type = CpuPagedOp,
+        operator: type[PagedOp] = CpuPagedOp,
         poison: Poison | None = None,
     ) -> None:
         self.model = model
@@ -47,8 +47,8 @@ class TorchExecutor:
         self.layout = layout or one_group(model.geometry)
         self.operator = operator
         self._poison = poison
-        if operator is CpuPagedOp:
-            CpuPagedOp.get_ready(store.keys.dtype)
+        shape = model.geometry
+        operator.get_ready(store.keys[0], model.dtype, shape.num_query_heads, shape.head_dim)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Move and copy, run the packed tokens through the model, draw a token per sample.

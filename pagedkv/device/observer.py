@@ -41,9 +41,10 @@ class LayerView:
             now; up to a rotation that all of them share.
         keys: [num_blocks, block_size, heads, head_dim] of this layer.
         values: The same of values.
+        head_dim: Numbers of a key; rows of packed ones are shorter.
     """
 
-    __slots__ = ("block_error", "block_lse", "keys", "lse", "standing", "values")
+    __slots__ = ("block_error", "block_lse", "head_dim", "keys", "lse", "standing", "values")
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class LayerView:
         standing: Callable[[int, Tensor], Tensor],
         keys: Tensor,
         values: Tensor,
+        head_dim: int,
     ) -> None:
         self.block_lse = block_lse
         self.lse = lse
@@ -61,6 +63,7 @@ class LayerView:
         self.standing = standing
         self.keys = keys
         self.values = values
+        self.head_dim = head_dim
 
 
 class Observer:
@@ -242,14 +245,14 @@ def _mass(layer: LayerView, tokens: Tensor) -> Tensor:
 
 def _key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
     """Mean over a block's tokens of |k|: [E, heads]."""
-    norms: Tensor = dequantize(layer.keys[table[entries]]).norm(dim=-1)
+    norms: Tensor = dequantize(layer.keys[table[entries]], layer.head_dim).norm(dim=-1)
     return norms.mean(dim=1)
 
 
 def _value_key_norm(layer: LayerView, _: int, table: Tensor, entries: Tensor) -> Tensor:
     """Mean over a block's tokens of |v| / |k|: [E, heads]."""
-    keys: Tensor = dequantize(layer.keys[table[entries]]).norm(dim=-1)
-    values: Tensor = dequantize(layer.values[table[entries]]).norm(dim=-1)
+    keys: Tensor = dequantize(layer.keys[table[entries]], layer.head_dim).norm(dim=-1)
+    values: Tensor = dequantize(layer.values[table[entries]], layer.head_dim).norm(dim=-1)
     return (values / keys.clamp_min(1e-12)).mean(dim=1)
 
 
@@ -259,7 +262,7 @@ def _key_diff(layer: LayerView, member: int, table: Tensor, entries: Tensor) -> 
     Keys that were written before and after an eviction were rotated from different origins, so
     they are compared where they stand now.
     """
-    known = dequantize(layer.keys[table[: int(entries[-1]) + 1]])
+    known = dequantize(layer.keys[table[: int(entries[-1]) + 1]], layer.head_dim)
     unit = torch.nn.functional.normalize(layer.standing(member, known), dim=-1)
     mean = torch.nn.functional.normalize(unit.sum(dim=1).cumsum(dim=0), dim=-1)
     return (unit[entries] * mean[entries].unsqueeze(1)).sum(dim=-1).mean(dim=1)

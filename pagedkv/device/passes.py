@@ -152,6 +152,7 @@ class Pass:
                 standing=self._standing(layer, table),
                 keys=keys,
                 values=values,
+                head_dim=query.shape[-1],
             )
             observer.examine(first + table, view)
 
@@ -226,7 +227,7 @@ class Pass:
                 these = counts == count
                 at = torch.from_numpy(begin[these][:, None] + np.arange(count))
                 mine = torch.from_numpy(tables[asking[these]].astype(np.int64))
-                alone = dequantize(values[mine, 0]).transpose(1, 2)
+                alone = dequantize(values[mine, 0], dim).transpose(1, 2)
                 asked = out[tokens[at]].float().reshape(*at.shape, heads, -1, dim).transpose(1, 2)
                 apart = torch.cdist(
                     asked.reshape(*asked.shape[:2], -1, dim),

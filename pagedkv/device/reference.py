@@ -31,7 +31,7 @@ class Batch:
 
     @classmethod
     def read(cls, bias: Any, *, from_end: bool, from_start: bool) -> "Batch":
-        """Read one of xformers' block-diagonal biases, paged or not, on the CPU.
+        """Read one of xformers' block-diagonal biases, paged or not.
 
         Args:
             bias: The bias.
@@ -48,7 +48,8 @@ class Batch:
         if from_end:
             first = resident - np.diff(starts) + 1
         if hasattr(bias, "block_tables"):
-            table, size = bias.block_tables.cpu().numpy(), bias.page_size
+            table, size = getattr(bias, "host_table", None), bias.page_size
+            table = bias.block_tables.cpu().numpy() if table is None else table
             base = np.zeros_like(resident)
             used = np.arange(table.shape[1]) * size < resident[:, None]
             highest = int(table.max(where=used, initial=-1))
@@ -91,14 +92,15 @@ def run(
         scale: Of the scores.
     """
     q, k, v = inputs
+    dim = q.shape[-1]
     out, lse, block_lse = outputs
     for b in range(len(batch.resident)):
         rows = slice(*batch.query_start[b : b + 2].tolist())
         slots = batch.slots(b)
-        scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), dequantize(k[0, slots]))
+        scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), dequantize(k[0, slots], dim))
         scores = (scores * scale).masked_fill(~_seen(batch, b), -math.inf)
         weights = torch.nan_to_num(scores.softmax(-1))  # a query that sees nothing: 0, not NaN
-        out[0, rows] = torch.einsum("ghqk,kghd->qghd", weights, dequantize(v[0, slots]))
+        out[0, rows] = torch.einsum("ghqk,kghd->qghd", weights, dequantize(v[0, slots], dim))
         flat = scores.flatten(0, 1)  # [Hq, queries, keys]
         lse[:, rows] = flat.logsumexp(-1)
         if block_lse is not None:

@@ -21,7 +21,6 @@ from pagedkv.device.operators import (
     paged_attention,
 )
 from pagedkv.device.quantize import quantize
-from pagedkv.errors import UnsupportedBackend
 
 MIXED = ((1, 5), (1, 300), (17, 40), (64, 64), (3, 130), (1, 1), (70, 700))  # (queries, resident)
 
@@ -434,11 +433,3 @@ def test_gradients_are_refused() -> None:
         case.run(CpuPagedOp, case.bias())
     with torch.no_grad():
         assert case.run(CpuPagedOp, case.bias()).isfinite().all()
-
-
-def test_plain_mask_is_refused_what_it_cannot_say() -> None:
-    case = make()
-    assert type(case.bias().plain()) is attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
-    for options in ({"window": 4}, {"want_block_lse": True}):
-        with pytest.raises(UnsupportedBackend, match="neither a window nor a block lse"):
-            case.bias(**options).plain()

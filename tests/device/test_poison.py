@@ -48,7 +48,7 @@ def test_blank_blocks_and_unwritten_tails_are_nan_and_what_is_resident_is_not(ki
     def checked(plan: StepPlan) -> StepResult:
         nonlocal freed
         result = execute(plan)
-        keys = dequantize(store.keys).isnan().flatten(3).all(-1).all(0)
+        keys = dequantize(store.keys, llm.model.geometry.head_dim).isnan().flatten(3).all(-1).all(0)
         blank = pool.is_blank()
         assert keys[blank].all()
         blocks, tokens = used_blocks(plan), int(plan.num_resident[0, 0])

@@ -23,14 +23,14 @@ def test_each_number_is_within_half_a_step(dim: int) -> None:
     rows = quantize(exact)
     assert rows.shape == (7, 3, row_words(dim))
     step = exact.abs().amax(-1, keepdim=True) / 127
-    assert ((dequantize(rows) - exact).abs() <= step * 0.501).all()
+    assert ((dequantize(rows, dim) - exact).abs() <= step * 0.501).all()
 
 
 def test_zeros_stay_zeros_and_what_is_no_number_shows() -> None:
-    assert (dequantize(quantize(torch.zeros(2, 8))) == 0).all()
+    assert (dequantize(quantize(torch.zeros(2, 8)), 8) == 0).all()
     for bad in (torch.nan, torch.inf):
         rows = quantize(torch.tensor([[1.0, bad, 2, 3], [1, 2, 3, 4]]))
-        assert dequantize(rows).isnan().any(-1).tolist() == [True, False]
+        assert dequantize(rows, 4).isnan().any(-1).tolist() == [True, False]
 
 
 def test_a_token_takes_a_quarter_of_the_memory() -> None:
