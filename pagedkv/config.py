@@ -125,10 +125,13 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
         block_size: Tokens in one block.
         num_blocks: Blocks in the pool; None takes what ``kv_cache_memory_bytes`` holds.
         kv_cache_memory_bytes: The pool's size in bytes, where a model says how large a block is.
-            If neither is given, `pagedkv.LLM` takes 1 GiB at most and a bare scheduler 1,024
+            If nothing is given, `pagedkv.LLM` takes 1 GiB at most and a bare scheduler 1,024
             blocks.
+        kv_cache_memory_fraction: The pool's size as a fraction of the memory that is free on the
+            model's device once the model is loaded.
         kv_cache_dtype: What keys and values are stored as: as the model computes (``auto``),
-            ``float16``, ``bfloat16``, or ``int8`` with a scale for each token and head.
+            ``float16``, ``bfloat16``, ``int8`` with a scale for each token and head, or on CUDA
+            ``int4`` with a scale and a shift.
         granularity: What decides on eviction together and shares a block table: a whole
             ``sequence``, each ``layer``, or each KV ``head`` of each layer.
         eviction: The policy of requests that bring none: a preset or an expression.
@@ -145,7 +148,8 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     num_blocks: Count | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
-    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8"] = "auto"
+    kv_cache_memory_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8", "int4"] = "auto"
     granularity: Literal["sequence", "layer", "head"] = "sequence"
     eviction: str = "full"
     reclaim: Literal["lru", "fifo", "lfu", "slru", "priority"] = "lru"
@@ -155,9 +159,11 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+        sizes = ("num_blocks", "kv_cache_memory_bytes", "kv_cache_memory_fraction")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if len(given) > 1:
             raise ConfigError(
-                "num_blocks and kv_cache_memory_bytes are both given",
+                f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} given",
                 where="cache",
                 remedy="give one of them",
             )

@@ -4,7 +4,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,12 +12,15 @@ from pagedkv.cli.flags import DTYPES
 from pagedkv.cli.machine import machine, versions
 from pagedkv.errors import UnsupportedBackend
 
+if TYPE_CHECKING:
+    from pagedkv.device.dispatch import Entry
+
 __all__ = ["add_parser", "collect", "run"]
 
 _DESCRIPTION = """\
 Show versions, the processor and its vector instructions, threads, which attention operator would
-serve each element type and whether its native kernel is compiled already, and where models are
-kept. Paste it into a bug report.
+serve each element type and whether its native kernel is compiled already, what every operator takes
+and whether it runs here, and where models are kept. Paste it into a bug report.
 """
 _EPILOG = """\
 examples:
@@ -76,7 +79,7 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
     try:
         import torch
 
-        from pagedkv.device.dispatch import choose_operator
+        from pagedkv.device.dispatch import OPERATORS, choose_operator
     except (ImportError, UnsupportedBackend) as fault:
         return {"unavailable": f"{fault}; install it with: pip install 'pagedkv[torch]'"}
     facts: dict[str, Any] = {
@@ -89,7 +92,24 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
             facts[dtype] = f"{operator}, {_lanes()}, {state}"
         except UnsupportedBackend as fault:
             facts[dtype] = f"none: {fault}"
+    facts["operators"] = [
+        {
+            "device": entry.device,
+            "name": entry.name,
+            "takes": entry.takes(),
+            "here": _here(entry, cuda=bool(facts["cuda"])),
+        }
+        for entry in OPERATORS
+    ]
     return facts
+
+
+def _here(entry: "Entry", *, cuda: bool) -> str:
+    """Say whether an operator runs on this machine, and if not why."""
+    if entry.device == "cuda" and not cuda:
+        return "no: torch sees no GPU"
+    obstacle = entry.obstacle(entry.stored[0])
+    return f"no: {obstacle}" if obstacle else "yes"
 
 
 def _lanes() -> str:
@@ -133,9 +153,18 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         "",
         "attention",
     ]
-    lines += [f"  {name:12}{text or 'none'}" for name, text in facts["attention"].items()]
+    attention = dict(facts["attention"])
+    operators = attention.pop("operators", [])
+    lines += [f"  {name:12}{text or 'none'}" for name, text in attention.items()]
+    lines += ["", "operators: the first that takes all of what is asked for attends"]
+    lines += [f"  {each['device']:6}{each['name']:18}{each['takes']}" for each in operators]
+    lines += [f"  {name:24}runs here: {here}" for name, here in _told(operators)]
     lines += ["", f"{'model cache':14}{facts['model_cache']}"]
     return lines + [f"{name}={value}" for name, value in facts["variables"].items()]
+
+
+def _told(operators: list[dict[str, str]]) -> list[tuple[str, str]]:
+    return list({each["name"]: each["here"] for each in operators}.items())
 
 
 def _pairs(values: dict[str, Any]) -> str:

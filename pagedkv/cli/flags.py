@@ -189,7 +189,7 @@ def add_config_flags(
 def add_engine_flags(
     parser: argparse.ArgumentParser, *, skip: Collection[str] = (), **defaults: Any
 ) -> None:
-    """Add ``--model`` and ``--dtype``, then the flags of `add_config_flags`."""
+    """Add ``--model``, ``--dtype`` and ``--device``, then the flags of `add_config_flags`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -203,6 +203,12 @@ def add_engine_flags(
         default="float32",
         choices=DTYPES,
         help="element type of model and cache [default: %(default)s]",
+    )
+    group.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="where it runs, cpu or cuda [default: %(default)s]",
     )
     add_config_flags(parser, skip=skip, **defaults)
 
@@ -254,4 +260,6 @@ def make_llm(args: argparse.Namespace, config: EngineConfig) -> "LLM":
 
     # Asked for by flag, the length may exceed what the model was trained on.
     longer = given(args, "model").get("max_model_len")
-    return LLM(args.model, dtype=args.dtype, config=config, max_model_len=longer)
+    return LLM(
+        args.model, dtype=args.dtype, device=args.device, config=config, max_model_len=longer
+    )

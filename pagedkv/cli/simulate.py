@@ -14,6 +14,7 @@ from pagedkv.sim.simulator import ROUTES
 
 __all__ = ["add_parser", "run"]
 
+_UNUSED = ("seed", "reclaim", "kv_cache_memory_bytes", "kv_cache_memory_fraction")
 _DESCRIPTION = """\
 Serve a workload under a virtual clock: the engine's own scheduler and block pool decide, a cost
 model says how long each step takes. Any flag with one value takes several by comma: every
@@ -60,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     add_generator_flags(group)
     _add_machine_flags(parser)
     _add_run_flags(parser)
-    add_config_flags(parser, skip=("seed", "reclaim", "kv_cache_memory_bytes"))
+    add_config_flags(parser, skip=_UNUSED)
     let_sweep(parser, but=_NOT_SWEPT)
 
 

@@ -1,11 +1,11 @@
 """An engine around a loaded model, for those who want its parts rather than an `LLM`."""
 
 import msgspec
-import torch
 
 from pagedkv.config import EngineConfig, ModelConfig
 from pagedkv.core.engine import Engine
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.models import LoadedModel
@@ -41,17 +41,25 @@ def assemble(
         max_model_len: As in `model_facts`.
 
     Raises:
-        ConfigError: The pool is larger than the machine's memory.
+        ConfigError: The pool is larger than the device's memory.
+        UnsupportedBackend: No operator serves this model there.
     """
     facts = model_facts(loaded.geometry, max_model_len)
     scheduler = Scheduler(msgspec.structs.replace(config, model=facts))
-    dtype: torch.dtype = next(loaded.model.parameters()).dtype
     store = KVStore(
         loaded.geometry,
         scheduler.manager.pool.num_blocks,
         scheduler.manager.block_size,
         layout=scheduler.layout,
-        dtype=dtype,
+        dtype=loaded.dtype,
+        device=loaded.device,
         num_cpu_blocks=config.cache.num_cpu_blocks,
     )
-    return Engine(scheduler, TorchExecutor(loaded, store, layout=scheduler.layout))
+    operator = choose_operator(
+        loaded.device,
+        loaded.dtype,
+        block_size=scheduler.manager.block_size,
+        head_dim=loaded.geometry.head_dim,
+    )
+    executor = TorchExecutor(loaded, store, layout=scheduler.layout, operator=operator)
+    return Engine(scheduler, executor)

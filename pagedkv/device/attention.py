@@ -5,8 +5,9 @@ from torch import Tensor
 
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observed, StepPlan
+from pagedkv.device.bias import Send
 from pagedkv.device.geometry import ModelGeometry
-from pagedkv.device.operators import CpuPagedOp
+from pagedkv.device.operators import CpuPagedOp, PagedOp
 from pagedkv.device.passes import Pass, head_by_head
 from pagedkv.device.single import token_pass
 from pagedkv.device.store import KVStore
@@ -27,6 +28,8 @@ class PagedAttentionStep:
     Args:
         plan: The step; its arrays are shared, not copied.
         operator: The xformers operator to attend with.
+        send: Puts arrays where the store is. All of a step's are put there here, so that none is
+            left for `attend`.
     """
 
     def __init__(
@@ -35,18 +38,19 @@ class PagedAttentionStep:
         store: KVStore,
         geometry: ModelGeometry,
         layout: GroupLayout,
-        operator: type = CpuPagedOp,
+        operator: type[PagedOp] = CpuPagedOp,
+        send: Send = torch.from_numpy,
     ) -> None:
         self._plan = plan
         self._store = store
         self._layout = layout
-        block_size = store.keys.shape[2]
+        block_size = store.block_size
         self._tables = geometry.num_kv_heads // layout.heads_per_group  # per layer
-        self._slots: dict[int, Tensor] = {}
+        self._slots = send(plan.slot_mapping)
         by_block = [wanted for wanted in plan.observations if wanted.unit == "block"]
-        self._blocks = Pass(plan, by_block, block_size, geometry, layout, operator)
+        self._blocks = Pass(plan, by_block, block_size, geometry, layout, operator, send)
         self._tokens = [
-            token_pass(plan, wanted, block_size, geometry, layout, operator)
+            token_pass(plan, wanted, block_size, geometry, layout, operator, send)
             for wanted in plan.observations
             if wanted.unit == "token"
         ]
@@ -58,13 +62,14 @@ class PagedAttentionStep:
         group, slot = self._layout.group_of[layer_idx], self._layout.slot_of[layer_idx]
         if self._tables > 1:
             key, value = (head_by_head(x, self._tables) for x in (key, value))
-        self._store.write(slot, self._slots_of(group), key, value)
+        slots = self._slots[group : group + self._tables].view(-1)
+        self._store.write(slot, slots, key, value)
         keys, values = self._store.keys[slot], self._store.values[slot]
         out = self._blocks.attend(layer_idx, query, keys, values, scaling)
         for listening, tokens in self._tokens:
             by_slot = -1, 1, *keys.shape[2:]
-            asked, single = query[tokens], (keys.view(by_slot), values.view(by_slot))
-            listening.attend(layer_idx, asked, single[0], single[1], scaling)
+            asked = query.index_select(0, tokens)
+            listening.attend(layer_idx, asked, keys.view(by_slot), values.view(by_slot), scaling)
         return out
 
     def observed(self) -> list[Observed]:
@@ -75,9 +80,3 @@ class PagedAttentionStep:
             next(by_token if wanted.unit == "token" else by_block)
             for wanted in self._plan.observations
         ]
-
-    def _slots_of(self, group: int) -> Tensor:
-        if group not in self._slots:
-            slots = self._plan.slot_mapping[group : group + self._tables].ravel()
-            self._slots[group] = torch.from_numpy(slots)
-        return self._slots[group]

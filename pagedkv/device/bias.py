@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,20 @@ import torch
 from .library import attn_bias as masks
 from .reference import Batch
 
-__all__ = ["BIASES", "PagedBias", "Send", "read"]
+__all__ = ["BIASES", "PagedBias", "Send", "read", "sender"]
 
 Ints = npt.NDArray[np.integer[Any]]
 Send = Callable[[npt.NDArray[Any]], torch.Tensor]
 """Makes a tensor of an array, on the device that attends."""
+
+
+def sender(device: torch.device) -> Send:
+    """Return what sends each array by itself, for what a step's own transfer does not take."""
+    return torch.from_numpy if device.type == "cpu" else partial(_send, device)
+
+
+def _send(device: torch.device, array: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @dataclass

@@ -11,10 +11,10 @@ from .gathered import GatheredOp
 from .library import triton_splitk
 from .operators import CpuPagedOp, PagedOp
 from .splitk import BLOCK_SIZES, HEAD_DIMS, SplitKPagedOp, splitk_op
+from .store import INT4
 
 __all__ = ["OPERATORS", "Entry", "choose_operator"]
 
-INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009 -- torch's type stubs lack it
 _NARROW = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_NARROW)
 
@@ -41,6 +41,13 @@ class Entry(NamedTuple):
     block_size: int
     head_dims: frozenset[int] | None
     obstacle: Callable[[torch.dtype], str | None]
+
+    def takes(self) -> str:
+        """Return what it takes, in words."""
+        sizes = "any" if self.head_dims is None else _sizes(self.head_dims)
+        block = "any size" if self.block_size == 1 else f"multiples of {self.block_size}"
+        stored = ", ".join(map(_name, self.stored))
+        return f"keys in {stored}; blocks of {block}; heads of {sizes}"
 
     def refusal(
         self, dtype: torch.dtype, stored: torch.dtype, block_size: int, head_dim: int

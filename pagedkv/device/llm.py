@@ -6,31 +6,27 @@ from collections.abc import Sequence as Many
 from contextlib import suppress
 from typing import Any
 
-import msgspec
-import torch
 from tqdm import tqdm
 
 from pagedkv.config import EngineConfig, ModelConfig, audit_enabled, with_fields
 from pagedkv.core.arrays import Int32
 from pagedkv.core.engine import Engine
-from pagedkv.core.groups import group_layout
 from pagedkv.core.request import Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
-from pagedkv.device.assembly import model_facts
 from pagedkv.device.collector import OutputCollector
+from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
-from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.inputs import Message, Prompt, as_conversations, as_prompts, encode, per_prompt
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
 from pagedkv.device.poison import Poison
-from pagedkv.device.store import KVStore, bytes_per_block, check_memory, storage_dtype
+from pagedkv.device.sizing import fitted
+from pagedkv.device.store import KVStore, storage_dtype
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy
 
 __all__ = ["LLM", "Prompt"]
 
-DEFAULT_KV_BYTES = 2**30
 _TEACHER_FORCED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
 
 
@@ -42,6 +38,7 @@ class LLM:
             `load_model` gave, which several of these may share.
         dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``; a model
             that is loaded already keeps its own.
+        device: Where it runs, ``cpu`` or ``cuda``; a model that is loaded already stays there.
         config: Pool and scheduler; its ``max_model_len`` is capped at the model's trained length.
         fields: Single fields of the config by name, such as ``num_blocks=512``; they win over
             ``config``. ``max_model_len`` given here may exceed the trained length of a model
@@ -57,19 +54,27 @@ class LLM:
         model: str | os.PathLike[str] | LoadedModel = "smollm2-135m",
         *,
         dtype: str = "float32",
+        device: str = "cpu",
         config: EngineConfig | None = None,
         **fields: Any,
     ) -> None:
         asked = _asked(config, fields)
         if not isinstance(model, LoadedModel):
-            model = load_model(model, dtype=dtype)
+            model = load_model(model, dtype=dtype, device=device)
         self.model = model
         geometry, computed = model.geometry, model.dtype
         length = fields.get("max_model_len") or min(
             asked.model.max_model_len, geometry.max_model_len
         )
         stored = storage_dtype(asked.cache.kv_cache_dtype, geometry.head_dim, computed)
-        self.config = _fitted(asked, geometry, length, stored)
+        operator = choose_operator(
+            model.device,
+            computed,
+            stored=stored,
+            block_size=asked.cache.block_size,
+            head_dim=geometry.head_dim,
+        )
+        self.config = fitted(asked, model, length, stored)
         self.scheduler = Scheduler(self.config)
         self.store = KVStore(
             geometry,
@@ -77,6 +82,7 @@ class LLM:
             self.config.cache.block_size,
             layout=self.scheduler.layout,
             dtype=stored,
+            device=model.device,
             num_cpu_blocks=self.config.cache.num_cpu_blocks,
             poison=audit_enabled(),
         )
@@ -85,6 +91,7 @@ class LLM:
             self.model,
             self.store,
             layout=self.scheduler.layout,
+            operator=operator,
             poison=Poison(self.store, is_blank) if audit_enabled() else None,
         )
         self.engine = Engine(self.scheduler, executor)
@@ -337,32 +344,3 @@ def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
     for name in sorted(facts & fields.keys()):
         raise ConfigError("comes from the model", where=f"model.{name}", remedy="leave it out")
     return asked
-
-
-def _fitted(
-    config: EngineConfig, geometry: ModelGeometry, length: int, dtype: torch.dtype
-) -> EngineConfig:
-    """Return the config with the model's facts and the pool's size filled in."""
-    if length > geometry.max_model_len and not geometry.rope:
-        raise ConfigError(
-            f"{length} tokens and the model has {geometry.max_model_len} learned positions",
-            where="model.max_model_len",
-            remedy=f"give at most {geometry.max_model_len}",
-        )
-    facts = model_facts(geometry, length)
-    num_blocks, size = config.cache.num_blocks, config.cache.block_size
-    layout = group_layout(facts, config.cache)
-    per_block = bytes_per_block(geometry, layout, size, dtype)
-    if num_blocks is None:
-        wanted = config.scheduler.max_num_seqs * -(-length // size) * layout.num_groups
-        given = config.cache.kv_cache_memory_bytes
-        num_blocks = given // per_block if given else min(wanted, DEFAULT_KV_BYTES // per_block)
-        if not num_blocks:
-            raise ConfigError(
-                f"{given} bytes hold no block of {per_block} bytes",
-                where="cache.kv_cache_memory_bytes",
-                remedy="raise it or lower cache.block_size",
-            )
-    check_memory(num_blocks * per_block)  # before anything of that size is made
-    cache = msgspec.structs.replace(config.cache, num_blocks=num_blocks, kv_cache_memory_bytes=None)
-    return msgspec.structs.replace(config, model=facts, cache=cache)

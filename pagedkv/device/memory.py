@@ -7,10 +7,12 @@ address cache. Linux hands out pages of 2 MiB to who asks (`/sys/kernel/mm/trans
 import contextlib
 import math
 import mmap
+import os
+from pathlib import Path
 
 import torch
 
-__all__ = ["empty"]
+__all__ = ["empty", "free", "total"]
 
 _HUGE = 2 << 20
 
@@ -33,3 +35,21 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE
     return whole[start : start + num_bytes].view(dtype).view(shape)
+
+
+def total(device: torch.device) -> int:
+    """Return the bytes of memory that the device, or for the CPU the machine, has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free(device: torch.device) -> int:
+    """Return the bytes that could be allocated now; on the host without swapping anybody out."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux, or one too old to know
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

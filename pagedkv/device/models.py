@@ -62,6 +62,11 @@ class LoadedModel:
         """What it computes in."""
         return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
 
 def load_model(
     model: str | os.PathLike[str],
@@ -151,6 +156,12 @@ def _device(name: str) -> torch.device:
         raise ConfigError(
             f"{name!r} is not a torch device", where="device", remedy='use "cpu" or "cuda"'
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedBackend(
+            f"no operator runs on device={device.type}",
+            where="device",
+            remedy='use device "cpu" or "cuda"',
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedBackend(
             f"torch sees {torch.cuda.device_count()} CUDA devices, not {name!r}",

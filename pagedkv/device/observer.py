@@ -14,7 +14,9 @@ from torch import Tensor
 from pagedkv.core.arrays import Float32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
+from pagedkv.device.bias import Send, sender
 from pagedkv.device.quantize import dequantize
+from pagedkv.device.staging import fetch
 
 __all__ = ["LayerView", "Observer"]
 
@@ -35,7 +37,8 @@ class LayerView:
     Attributes:
         block_lse: fp32 [T, H, W] Log-sum-exp of each query's scores over each table entry.
         lse: fp32 [H, T] Over all that the query sees.
-        block_error: Given packed tokens [N], the norms |o - o_b| for each entry: fp32 [N, H, W].
+        block_error: Given packed tokens, int64 [N] on the host, the norms |o - o_b| for each
+            entry: fp32 [N, H, W].
         standing: Given one of the plan's sequences and the fp32 keys [E, block_size, heads,
             head_dim] of its table's first E entries, the keys turned to where the blocks stand
             now; up to a rotation that all of them share.
@@ -51,7 +54,7 @@ class LayerView:
         *,
         block_lse: Tensor,
         lse: Tensor,
-        block_error: Callable[[Tensor], Tensor],
+        block_error: Callable[[Int64], Tensor],
         standing: Callable[[int, Tensor], Tensor],
         keys: Tensor,
         values: Tensor,
@@ -75,7 +78,14 @@ class Observer:
     arithmetic.
     """
 
-    def __init__(self, plan: StepPlan, layout: GroupLayout, block_size: int, wanted: Observation):
+    def __init__(
+        self,
+        plan: StepPlan,
+        layout: GroupLayout,
+        block_size: int,
+        wanted: Observation,
+        send: Send,
+    ) -> None:
         start = plan.query_start[:-1][wanted.members] + wanted.first_query
         end = plan.query_start[1:][wanted.members]
         count = end - start
@@ -85,7 +95,7 @@ class Observer:
         self._member = np.repeat(np.arange(len(count)), count)
         offset = np.arange(len(self._member)) - np.repeat(np.cumsum(count) - count, count)
         tokens = (start[self._member] + offset).astype(np.int64)
-        self._tokens = torch.from_numpy(tokens)
+        self._places, self._tokens = tokens, send(tokens)
         # [G, N]: the index of each observing query among its sequence's resident tokens
         before_end = end[self._member] - tokens
         self._index = plan.num_resident[:, wanted.members][:, self._member] - before_end
@@ -96,20 +106,28 @@ class Observer:
         step = np.diff(plan.query_start)[wanted.members]
         self._sealed_before = (plan.num_resident[:, wanted.members] - step) // block_size
         # By query only where a group's layers come one after the other: there are few groups then.
-        self._seen = torch.zeros((groups if self._layers > 1 else 0, len(tokens), width))
-        self._mass = torch.zeros((groups, len(count), width))
-        self._values = torch.zeros((groups, len(count), width))
-        self._ask(tokens, (end - 1).astype(np.int64), int(plan.query_start[-1]))
+        device = self._tokens.device
+        rows = groups if self._layers > 1 else 0
+        self._seen = torch.zeros((rows, len(tokens), width), device=device)
+        self._mass = torch.zeros((groups, len(count), width), device=device)
+        self._static = torch.zeros((groups, len(count), width), device=device)
+        self._values = np.zeros((groups, len(count), width), np.float32)
+        # The tables that each layer is about, in the order in which layers come.
+        tables = np.arange(groups * self._layers // len(layout.group_of))
+        self._groups = np.array(layout.group_of, np.int64)[:, None] + tables
+        self._groups_there = send(self._groups)
+        self._num_layers = 0
+        self._ask(tokens, (end - 1).astype(np.int64), int(plan.query_start[-1]), send)
 
-    def _ask(self, tokens: Int64, last: Int64, num_tokens: int) -> None:
+    def _ask(self, tokens: Int64, last: Int64, num_tokens: int, send: Send) -> None:
         """Settle which queries' masses are looked at: all that observe, and each one's last."""
         asked = last if self.looks_closer else np.union1d(tokens, last)
         # None stands for all, in order.
-        self._asked = None if len(asked) == num_tokens else torch.from_numpy(asked)
-        self._last = _places(asked, last)
+        self._asked = None if len(asked) == num_tokens else send(asked)
+        self._last = _places(asked, last, send)
         self._adds = len(tokens) > 0 and not self.looks_closer
-        self._observing = _places(asked, tokens) if self._adds else None
-        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._observing = _places(asked, tokens, send) if self._adds else None
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._num_pending = 0
 
     @property
@@ -117,19 +135,21 @@ class Observer:
         """Whether `examine` is to be called as well."""
         return self._kind in _STATIC or self._kind == "lobo_sum"
 
-    def take(self, group: int, block_lse: Tensor, lse: Tensor) -> None:
+    def take(self, block_lse: Tensor, lse: Tensor) -> None:
         """Take in the masses of one layer; once per layer, after its attention ran.
 
         Args:
-            group: The first of the layer's tables.
             block_lse: fp32 [tables, T, H, W] Log-sum-exp of each query's scores over each entry.
             lse: fp32 [H, tables, T] Over all that the query sees.
         """
         if self._asked is None:
             block_lse, lse = block_lse.clone(), lse.clone()
         else:
-            block_lse, lse = block_lse.index_select(1, self._asked), lse[:, :, self._asked]
-        self._pending.append((group, block_lse, lse))
+            block_lse, lse = (
+                block_lse.index_select(1, self._asked),
+                lse.index_select(2, self._asked),
+            )
+        self._pending.append((block_lse, lse))
         self._num_pending += block_lse.numel()
         if self._num_pending > _MOST_PENDING:
             self._settle()
@@ -138,24 +158,30 @@ class Observer:
         """Turn what layers left into masses, and add them up: [tables, N, H, W] at once."""
         if not self._pending:
             return
-        first, blocks, lses = zip(*self._pending, strict=True)
-        self._pending, self._num_pending = [], 0
-        tables = blocks[0].shape[0]
-        groups = (torch.tensor(first)[:, None] + torch.arange(tables)).view(-1)
+        blocks, lses = zip(*self._pending, strict=True)
+        layers = slice(self._num_layers, self._num_layers + len(blocks))
+        self._pending, self._num_pending, self._num_layers = [], 0, layers.stop
+        groups = self._groups_there[layers].view(-1)
         lse = torch.cat(lses, dim=1).permute(1, 2, 0).unsqueeze(3)
         mass = torch.cat(blocks).sub_(lse).exp_()
         last = _picked(mass, self._last)
         self._mass.index_add_(0, groups, last.mean(dim=2) / self._layers)
         if self._adds:
-            self._add(groups, _picked(mass, self._observing))
+            self._add(self._groups[layers].ravel(), groups, _picked(mass, self._observing))
 
-    def _add(self, groups: Tensor, mass: Tensor) -> None:
-        """Reduce masses [tables, N, H, W] over heads and add them to what was seen."""
+    def _add(self, here: Int64, groups: Tensor, mass: Tensor) -> None:
+        """Reduce masses [tables, N, H, W] over heads and add them to what was seen.
+
+        Args:
+            here: [tables] Whose they are.
+            groups: The same, where the masses are.
+            mass: [tables, N, H, W]
+        """
         self._heads = mass.shape[2] * self._layers
         heads = self._heads if self._gqa == "mean" else 1
         seen = mass.amax(dim=2) if self._gqa == "max" else mass.sum(dim=2) / heads
         if self._layers == 1:  # nothing is to come for these groups: keep no more than their sums
-            self._values[groups] = torch.from_numpy(self._heard(groups.numpy(), seen.numpy()))
+            self._values[here] = self._heard(here, fetch(seen))
         elif self._gqa == "max":
             self._seen.scatter_reduce_(0, groups[:, None, None].expand_as(seen), seen, "amax")
         else:
@@ -165,11 +191,12 @@ class Observer:
         """Look at more of a table in one layer than masses; where `looks_closer`."""
         if self._kind in _STATIC:
             self._take_static(group, layer)
-        elif len(self._tokens):
+        elif len(self._places):
             mass = _mass(layer, self._tokens)
             ratio = mass / (1 - mass).clamp_min(1e-6)
-            error = ratio * layer.block_error(self._tokens)
-            self._add(torch.tensor([group]), error[None])
+            error = ratio * layer.block_error(self._places)
+            here = np.array([group])
+            self._add(here, sender(error.device)(here), error[None])
 
     def _take_static(self, group: int, layer: LayerView) -> None:
         fresh = np.arange(self._table.shape[2])
@@ -178,26 +205,27 @@ class Observer:
         )
         for member in np.flatnonzero(fresh_at.any(axis=1)).tolist():
             entries = np.flatnonzero(fresh_at[member])
-            table = torch.from_numpy(self._table[group, member].astype(np.int64))
-            which = self._members[member]
-            values = _STATIC[self._kind](layer, which, table, torch.from_numpy(entries))
-            reduced = _REDUCE[self._gqa](values)
-            at = torch.from_numpy(entries)
+            send = sender(layer.keys.device)
+            table = send(self._table[group, member, : int(entries[-1]) + 1].astype(np.int64))
+            at = send(entries)
+            values = _STATIC[self._kind](layer, self._members[member], table, at)
+            reduced, known = _REDUCE[self._gqa](values), self._static[group, member]
             if self._gqa == "max":
-                first = self._values[group, member, at] == 0
-                best = torch.maximum(self._values[group, member, at], reduced)
-                self._values[group, member, at] = torch.where(first, reduced, best)
+                before = known.index_select(0, at)
+                best = torch.where(before == 0, reduced, torch.maximum(before, reduced))
+                known.index_copy_(0, at, best)
             else:
                 heads = values.shape[1] * self._layers if self._gqa == "mean" else 1
-                self._values[group, member, at] += reduced / heads
+                known.index_add_(0, at, reduced / heads)
 
     def result(self) -> Observed:
         """Return what was observed, once every layer was taken in."""
         self._settle()
-        if self._layers > 1 and self._kind not in _STATIC and len(self._tokens):
-            groups = np.arange(len(self._index))
-            self._values = torch.from_numpy(self._heard(groups, self._seen.numpy()))
-        return Observed(values=self._values.numpy(), mass=self._mass.numpy())
+        if self._kind in _STATIC:
+            self._values = fetch(self._static)
+        elif self._layers > 1 and len(self._places):
+            self._values = self._heard(np.arange(len(self._index)), fetch(self._seen))
+        return Observed(values=self._values, mass=fetch(self._mass))
 
     def _heard(self, groups: Int64, seen: Float32) -> Float32:
         """Turn reduced masses by query into what the kind names: [G, N, W] to [G, M, W]."""
@@ -226,11 +254,11 @@ class Observer:
         return values
 
 
-def _places(asked: Int64, tokens: Int64) -> Tensor | None:
+def _places(asked: Int64, tokens: Int64, send: Send) -> Tensor | None:
     """Return where tokens stand among the asked; None if they are all of them."""
     if np.array_equal(asked, tokens):
         return None
-    return torch.from_numpy(np.searchsorted(asked, tokens))
+    return send(np.searchsorted(asked, tokens))
 
 
 def _picked(mass: Tensor, places: Tensor | None) -> Tensor:
@@ -262,7 +290,7 @@ def _key_diff(layer: LayerView, member: int, table: Tensor, entries: Tensor) -> 
     Keys that were written before and after an eviction were rotated from different origins, so
     they are compared where they stand now.
     """
-    known = dequantize(layer.keys[table[: int(entries[-1]) + 1]], layer.head_dim)
+    known = dequantize(layer.keys[table], layer.head_dim)
     unit = torch.nn.functional.normalize(layer.standing(member, known), dim=-1)
     mean = torch.nn.functional.normalize(unit.sum(dim=1).cumsum(dim=0), dim=-1)
     return (unit[entries] * mean[entries].unsqueeze(1)).sum(dim=-1).mean(dim=1)

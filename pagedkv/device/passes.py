@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.core.arrays import Int32
+from pagedkv.core.arrays import Int32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
+from pagedkv.device.bias import Send, sender
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.observer import LayerView, Observer
-from pagedkv.device.operators import PagedBias, paged_attention
+from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
 from pagedkv.device.quantize import dequantize
 from pagedkv.device.turned import TurnedBias
 from pagedkv.device.turns import Turns
@@ -34,6 +35,7 @@ class Pass:
         observations: What to observe; empty runs the plain operator.
         block_size: Slots of an entry of the plan's tables; 1 if they list single slots.
         operator: The xformers operator to attend with.
+        send: Puts arrays where the keys are; what every layer needs is sent by the constructor.
     """
 
     def __init__(
@@ -43,16 +45,22 @@ class Pass:
         block_size: int,
         geometry: ModelGeometry,
         layout: GroupLayout,
-        operator: type,
+        operator: type[PagedOp],
+        send: Send,
     ) -> None:
         self._plan = plan
         self._geometry = geometry
         self._layout = layout
         self._operator = operator
+        self._send = send
         self._block_size = block_size
         self._tables = geometry.num_kv_heads // layout.heads_per_group  # per layer
         self._biases: dict[tuple[int, int, tuple[float, ...]], PagedBias | TurnedBias] = {}
-        self._observers = [Observer(plan, layout, block_size, wanted) for wanted in observations]
+        self._observers = [
+            Observer(plan, layout, block_size, wanted, send) for wanted in observations
+        ]
+        for layer, group in enumerate(layout.group_of):
+            self._bias(group, layer)
 
     def attend(
         self, layer_idx: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
@@ -98,7 +106,12 @@ class Pass:
             plan, groups = self._plan, slice(group, group + self._tables)
             width = plan.block_table.shape[2]
             turns = None if plan.turns is None else plan.turns[groups].reshape(-1, width)
-            self._biases[key] = self._build(groups, window, self._turns(turns, layer))
+            bias = self._build(groups, window, self._turns(turns, layer, self._send))
+            if isinstance(bias, TurnedBias):
+                bias.prepare(self._operator, self._send)
+            else:
+                self._operator.prepare(bias, self._send)
+            self._biases[key] = bias
         return self._biases[key]
 
     def _build(self, groups: slice, window: int, turns: Turns | None) -> PagedBias | TurnedBias:
@@ -108,16 +121,24 @@ class Pass:
         start, size = self._query_start(), self._block_size
         if turns is None:
             return PagedBias.build(
-                start, resident, tables, size, window=window, want_block_lse=want
+                start,
+                resident,
+                tables,
+                size,
+                window=window,
+                want_block_lse=want,
+                send=self._send,
             )
-        return TurnedBias(start, resident, tables, size, turns, want_block_lse=want)
+        return TurnedBias(
+            start, resident, tables, size, turns, want_block_lse=want, send=self._send
+        )
 
-    def _turns(self, turns: Int32 | None, layer: int) -> Turns | None:
+    def _turns(self, turns: Int32 | None, layer: int, send: Send) -> Turns | None:
         geometry = self._geometry
         frequencies = geometry.rope_frequencies[layer]
         if turns is None or not frequencies or not turns.any():
             return None
-        return Turns(turns, frequencies, interleaved=geometry.rope_interleaved)
+        return Turns(turns, frequencies, interleaved=geometry.rope_interleaved, send=send)
 
     def _query_start(self) -> Int32:
         start = self._plan.query_start
@@ -141,7 +162,7 @@ class Pass:
         heads, width = bias.block_lse.shape[1:]
         block_lse = bias.block_lse.view(tables, tokens, heads, width)
         lse = bias.lse.view(heads, tables, tokens)
-        observer.take(first, block_lse, lse)
+        observer.take(block_lse, lse)
         for table in range(tables if observer.looks_closer else 0):
             part = slice(table * tokens, (table + 1) * tokens)
             own = query[part], keys, values, out[part]
@@ -164,10 +185,12 @@ class Pass:
             if plan.turns is None:
                 return keys
             # A block's queries are turned forward by what its keys lack, so keys turn back.
-            turns = self._turns(-plan.turns[group, member : member + 1, : len(keys)], layer)
+            own = -plan.turns[group, member : member + 1, : len(keys)]
+            send = sender(keys.device)
+            turns = self._turns(own, layer, send)
             if turns is None:
                 return keys
-            return turns.apply(keys, torch.from_numpy(turns.index[0].astype(np.int64)))
+            return turns.apply(keys, send(turns.index[0].astype(np.int64)))
 
         return standing
 
@@ -177,31 +200,34 @@ class Pass:
         table: int,
         tensors: tuple[Tensor, Tensor, Tensor, Tensor],
         scaling: float,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[[Int64], Tensor]:
         """Return what gives |o - o_b| for packed tokens: every (token, block) attends by itself."""
         if self._block_size == 1:
             return self._token_errors(layer, table, tensors)
 
-        def errors(tokens: Tensor) -> Tensor:
+        def errors(tokens: Int64) -> Tensor:
             query, keys, values, out = tensors
+            send = sender(query.device)
             plan, width = self._plan, self._plan.block_table.shape[2]
             group = self._layout.group_of[layer] + table
-            member = np.searchsorted(plan.query_start, tokens.numpy(), side="right") - 1
+            member = np.searchsorted(plan.query_start, tokens, side="right") - 1
+            at = send(tokens)
             blocks = plan.block_table[group, member].reshape(-1, 1)
-            asked = query[tokens].repeat_interleave(width, dim=0)
+            asked = query.index_select(0, at).repeat_interleave(width, dim=0)
             turns = None if plan.turns is None else plan.turns[group, member].reshape(-1, 1)
-            turned = self._turns(turns, layer)
+            turned = self._turns(turns, layer, send)
             if turned is not None:
-                rows = torch.from_numpy(turned.index[:, 0].astype(np.int64))
-                asked = turned.apply(asked, rows)
+                asked = turned.apply(asked, send(turned.index[:, 0].astype(np.int64)))
             pairs = PagedBias.build(
                 np.arange(len(blocks) + 1, dtype=np.int32),
                 np.full(len(blocks), self._block_size, np.int32),
                 blocks,
                 self._block_size,
+                send=send,
             )
             alone = paged_attention(asked, keys, values, pairs, scaling, self._operator)
-            apart = alone.view(len(tokens), width, *out.shape[1:]) - out[tokens].unsqueeze(1)
+            whole = out.index_select(0, at).unsqueeze(1)
+            apart = alone.view(len(tokens), width, *out.shape[1:]) - whole
             norms: Tensor = apart.float().norm(dim=-1).transpose(1, 2)
             return norms.nan_to_num(0.0)  # entries past a table's end hold anything
 
@@ -209,26 +235,29 @@ class Pass:
 
     def _token_errors(
         self, layer: int, table: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[[Int64], Tensor]:
         """The same for single slots: what attends to one slot alone gets its value.
 
         Differences are taken element by element: |o|^2 - 2 o v + |v|^2 would lose what is left
         where one token has nearly all the mass.
         """
 
-        def errors(tokens: Tensor) -> Tensor:
+        def errors(tokens: Int64) -> Tensor:
             _, _, values, out = tensors
+            send = sender(out.device)
             plan, heads, dim = self._plan, values.shape[2], out.shape[2]
             tables = plan.block_table[self._layout.group_of[layer] + table]
-            member = np.searchsorted(plan.query_start, tokens.numpy(), side="right") - 1
+            member = np.searchsorted(plan.query_start, tokens, side="right") - 1
             asking, begin, counts = np.unique(member, return_index=True, return_counts=True)
-            norms = torch.zeros((len(tokens), out.shape[1], tables.shape[1]))
+            shape = len(tokens), out.shape[1], tables.shape[1]
+            norms = torch.zeros(shape, device=out.device)
             for count in np.unique(counts).tolist():  # decode rows in one call
                 these = counts == count
-                at = torch.from_numpy(begin[these][:, None] + np.arange(count))
-                mine = torch.from_numpy(tables[asking[these]].astype(np.int64))
+                places = begin[these][:, None] + np.arange(count)
+                at, mine = send(places), send(tables[asking[these]].astype(np.int64))
                 alone = dequantize(values[mine, 0], dim).transpose(1, 2)
-                asked = out[tokens[at]].float().reshape(*at.shape, heads, -1, dim).transpose(1, 2)
+                whole = out[send(tokens[places])].float()
+                asked = whole.reshape(*at.shape, heads, -1, dim).transpose(1, 2)
                 apart = torch.cdist(
                     asked.reshape(*asked.shape[:2], -1, dim),
                     alone,

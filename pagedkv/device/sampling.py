@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pagedkv.core.arrays import Float32, Int32
 from pagedkv.core.plan import Penalties, SamplingBatch, StepResult
+from pagedkv.device.bias import sender
+from pagedkv.device.staging import fetch
 from pagedkv.errors import InvalidRequest
 
 __all__ = ["sample", "token_logprobs", "uniforms"]
@@ -73,9 +75,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
     raw = logits.detach().float()
     x = raw if batch.penalties is None else _penalised(raw, batch, batch.penalties)
     ids, peak = _likeliest(x)
-    finite = torch.isfinite(peak).cpu().numpy()
-    ids[~finite] = -1
-    rows = np.flatnonzero(finite & (batch.temperature >= _GREEDY))
+    rows = np.flatnonzero((ids >= 0) & (batch.temperature >= _GREEDY))
     if rows.size:
         ids[rows] = _drawn(x, peak, batch, rows)
     if (batch.num_logprobs < 0).all():
@@ -115,18 +115,21 @@ def _check(logits: Tensor, batch: SamplingBatch) -> None:
 
 
 def _likeliest(x: Tensor) -> tuple[Int32, Tensor]:
+    """Return each row's likeliest token, -1 where that is no number, and its logit."""
     # Of equal logits both take the first. numpy's argmax is vectorised; torch's is 7 times slower.
-    best = x.numpy().argmax(-1) if x.device.type == "cpu" else x.argmax(-1).cpu().numpy()
-    index = torch.as_tensor(best, device=x.device)
-    return best.astype(np.int32), x.gather(1, index[:, None])[:, 0]
+    on_cpu = x.device.type == "cpu"
+    best = torch.as_tensor(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
+    peak = x.gather(1, best[:, None])[:, 0]
+    return fetch(torch.where(peak.isfinite(), best, -1).int()), peak
 
 
 def _penalised(logits: Tensor, batch: SamplingBatch, seen: Penalties) -> Tensor:
     """Return a copy of the logits with the three penalties applied, in vLLM's order."""
     x = logits.clone()
-    row, token = (torch.as_tensor(a.astype(np.int64)) for a in (seen.sample, seen.token))
+    there = sender(x.device)
+    row, token = (there(a.astype(np.int64)) for a in (seen.sample, seen.token))
     value = x[row, token]
-    factor = torch.as_tensor(batch.repetition_penalty[seen.sample]).to(x.device)
+    factor = there(batch.repetition_penalty[seen.sample])
     # A token that is seen twice is written twice, with the same value.
     x[row, token] = torch.where(value > 0, value / factor, value * factor)
 
@@ -134,10 +137,10 @@ def _penalised(logits: Tensor, batch: SamplingBatch, seen: Penalties) -> Tensor:
     pair = seen.sample[generated].astype(np.int64) * x.shape[1] + seen.token[generated]
     pair, count = np.unique(pair, return_counts=True)
     sample_of, token_of = np.divmod(pair, x.shape[1])
-    row, token = torch.as_tensor(sample_of), torch.as_tensor(token_of)
+    row, token = there(sample_of), there(token_of)
     frequency = batch.frequency_penalty[sample_of] * count.astype(np.float32)
-    value = x[row, token] - torch.as_tensor(frequency).to(x.device)
-    x[row, token] = value - torch.as_tensor(batch.presence_penalty[sample_of]).to(x.device)
+    value = x[row, token] - there(frequency)
+    x[row, token] = value - there(batch.presence_penalty[sample_of])
     return x
 
 

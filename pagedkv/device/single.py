@@ -2,13 +2,14 @@
 
 import msgspec
 import numpy as np
-import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Int32
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, StepPlan
+from pagedkv.device.bias import Send
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.operators import PagedOp
 from pagedkv.device.passes import Pass
 
 __all__ = ["token_pass"]
@@ -20,7 +21,8 @@ def token_pass(
     block_size: int,
     geometry: ModelGeometry,
     layout: GroupLayout,
-    operator: type,
+    operator: type[PagedOp],
+    send: Send,
 ) -> tuple[Pass, Tensor]:
     """Return the pass that answers an observation by token, and the queries it takes: int64 [N].
 
@@ -50,8 +52,8 @@ def token_pass(
         members=np.arange(len(members), dtype=np.int32),
         first_query=(first - skipped).astype(np.int32),
     )
-    listening = Pass(narrowed, [heard], 1, geometry, layout, operator)
-    return listening, torch.from_numpy(tokens.astype(np.int64))
+    listening = Pass(narrowed, [heard], 1, geometry, layout, operator, send)
+    return listening, send(tokens.astype(np.int64))
 
 
 def _slots(block_table: Int32, block_size: int, width: int) -> Int32:

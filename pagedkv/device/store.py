@@ -1,6 +1,6 @@
 """Where keys and values live: one allocation of fixed-size blocks for all layers."""
 
-import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,10 +8,11 @@ from torch import Tensor
 from pagedkv.core.groups import GroupLayout
 from pagedkv.device import memory
 from pagedkv.device.geometry import ModelGeometry
-from pagedkv.device.quantize import quantize, row_words
+from pagedkv.device.hostblocks import HostBlocks
+from pagedkv.device.quantize import quantize, quantize4, row_words
 from pagedkv.errors import ConfigError
 
-__all__ = ["KVStore", "bytes_per_block", "check_memory", "one_group", "storage_dtype"]
+__all__ = ["INT4", "KVStore", "bytes_per_block", "check_memory", "one_group", "storage_dtype"]
 
 
 def bytes_per_block(
@@ -27,11 +28,13 @@ def storage_dtype(kv_cache_dtype: str, head_dim: int, dtype: torch.dtype) -> tor
     """Return what keys and values are stored as, for a model that computes in `dtype`.
 
     Raises:
-        ConfigError: The head size cannot be packed into whole words of 8-bit numbers.
+        ConfigError: The head size cannot be packed into whole words.
     """
-    if kv_cache_dtype == "int8" and head_dim % 4:
+    whole = {"int8": 4, "int4": 8}.get(kv_cache_dtype, 1)
+    if head_dim % whole:
         raise ConfigError(
-            f"kv_cache_dtype is int8 and the model's head size is {head_dim}, no multiple of 4",
+            f"kv_cache_dtype is {kv_cache_dtype} and the model's head size is {head_dim}, "
+            f"no multiple of {whole}",
             where="cache.kv_cache_dtype",
             remedy="use float16 or bfloat16",
         )
@@ -40,9 +43,14 @@ def storage_dtype(kv_cache_dtype: str, head_dim: int, dtype: torch.dtype) -> tor
 
 def _row(head_dim: int, dtype: torch.dtype) -> tuple[torch.dtype, int]:
     """How a vector lies in memory: the type and number of its elements."""
-    if dtype == torch.int8:
-        return torch.int32, row_words(head_dim)
+    if dtype in _PACK:
+        return torch.int32, row_words(head_dim, _BITS[dtype])
     return dtype, head_dim
+
+
+INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009 -- torch's type stubs lack it
+_BITS = {torch.int8: 8, INT4: 4}
+_PACK = {torch.int8: quantize, INT4: quantize4}
 
 
 def one_group(geometry: ModelGeometry) -> GroupLayout:
@@ -57,19 +65,20 @@ def one_group(geometry: ModelGeometry) -> GroupLayout:
     )
 
 
-def check_memory(num_bytes: int, where: str = "cache.num_blocks") -> None:
-    """Refuse a pool that the machine could never hold.
+def check_memory(
+    num_bytes: int, device: torch.device | str = "cpu", where: str = "cache.num_blocks"
+) -> None:
+    """Refuse blocks that the device could never hold.
 
     Raises:
-        ConfigError: The pool is larger than the machine's memory.
+        ConfigError: They are larger than its memory.
     """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory.total(torch.device(device))
     if num_bytes > total:
         raise ConfigError(
-            f"the pool takes {num_bytes / 2**30:.1f} GiB and the machine has "
-            f"{total / 2**30:.1f} GiB",
+            f"the blocks take {num_bytes / 2**30:.1f} GiB and {device} has {total / 2**30:.1f} GiB",
             where=where,
-            remedy="lower num_blocks or kv_cache_memory_bytes",
+            remedy=f"lower {where.partition('.')[2]}",
         )
 
 
@@ -79,14 +88,15 @@ class KVStore:
     All groups take their blocks from the one pool, so a block id means the same slots for each.
 
     Attributes:
-        keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]; of int8, rows of
-            int32 words as `quantize` packs them.
+        keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]; of int8 and int4,
+            rows of int32 words as `quantize` and `quantize4` pack them.
         values: The same shape.
 
     Args:
         layout: The scheduler's groups; one for everything if omitted.
-        dtype: A float type, or int8.
-        num_cpu_blocks: Blocks of host memory beside the pool; pinned where the pool is CUDA's.
+        dtype: A float type, int8 or int4.
+        device: Where the pool is.
+        num_cpu_blocks: Blocks of host memory beside the pool.
         poison: Fill new blocks with NaN, so that reading a slot nobody wrote shows in the output.
     """
 
@@ -98,14 +108,16 @@ class KVStore:
         *,
         layout: GroupLayout | None = None,
         dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         num_cpu_blocks: int = 0,
         poison: bool = False,
     ) -> None:
         layout = layout or one_group(geometry)
-        check_memory(
-            (num_blocks + num_cpu_blocks) * bytes_per_block(geometry, layout, block_size, dtype)
-        )
+        device = torch.device(device)
+        each = bytes_per_block(geometry, layout, block_size, dtype)
+        here = device.type == "cpu"
+        check_memory((num_blocks + num_cpu_blocks * here) * each, device)
+        check_memory(num_cpu_blocks * each, "cpu", "cache.num_cpu_blocks")
         kind, words = _row(geometry.head_dim, dtype)
         shape = (
             layout.slot_layers,
@@ -114,14 +126,10 @@ class KVStore:
             layout.heads_per_group,
             words,
         )
-        self._quantized = dtype == torch.int8
-        host, pinned = (shape[0], num_cpu_blocks, *shape[2:]), device.startswith("cuda")
-        self.keys, self.values = (
-            torch.empty(shape, dtype=kind, device=device) if pinned else memory.empty(shape, kind)
-            for _ in range(2)
-        )
-        self._host_keys = torch.empty(host, dtype=kind, pin_memory=pinned)
-        self._host_values = torch.empty(host, dtype=kind, pin_memory=pinned)
+        self._pack = _PACK.get(dtype)
+        make = memory.empty if here else partial(_on_device, device)
+        self.keys, self.values = (make(shape, kind) for _ in range(2))
+        self._host = [(pool, HostBlocks(pool, num_cpu_blocks)) for pool in (self.keys, self.values)]
         self._key_slots = self.keys.view(shape[0], num_blocks * block_size, -1)
         self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
         if poison:
@@ -152,13 +160,13 @@ class KVStore:
             value: The same shape.
         """
         for pool, fresh in ((self._key_slots, key), (self._value_slots, value)):
-            rows = quantize(fresh) if self._quantized else fresh.to(pool.dtype)
+            rows = self._pack(fresh) if self._pack else fresh.to(pool.dtype)
             pool[slot_layer].index_copy_(0, slots, rows.reshape(len(slots), -1))
 
     def fill_nan(self, slots: Tensor | slice) -> None:
         """Fill single slots with NaN in every layer; int64 [N]. Packed rows then read as NaN."""
         for pool in (self._key_slots, self._value_slots):
-            (pool.view(torch.float32) if self._quantized else pool)[:, slots] = torch.nan
+            (pool.view(torch.float32) if self._pack else pool)[:, slots] = torch.nan
 
     def move_slots(self, sources: Tensor, targets: Tensor) -> None:
         """Copy single slots in every layer, reading all sources before a target is written.
@@ -174,16 +182,20 @@ class KVStore:
                 layer.index_copy_(0, targets, layer.index_select(0, sources))
 
     def swap_out(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy blocks of the pool to host memory in every layer; int64 [C] each."""
-        for pool, host in ((self.keys, self._host_keys), (self.values, self._host_values)):
-            host[:, targets] = pool[:, sources.to(pool.device)].to(host.device)
+        """Copy blocks of the pool, int64 [C] on its device, to those of host memory, int64 [C]."""
+        for pool, host in self._host:
+            host.take(pool, sources, targets)
 
     def swap_in(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy blocks of host memory back to the pool in every layer; int64 [C] each."""
-        for pool, host in ((self.keys, self._host_keys), (self.values, self._host_values)):
-            pool[:, targets.to(pool.device)] = host[:, sources].to(pool.device)
+        """Copy blocks of host memory, int64 [C], back to those of the pool, int64 [C] there."""
+        for pool, host in self._host:
+            host.give(pool, sources, targets)
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole blocks in every layer; int64 [C] each, no block on both sides."""
-        self.keys[:, targets] = self.keys[:, sources]
-        self.values[:, targets] = self.values[:, sources]
+        for pool in (self.keys, self.values):
+            pool.index_copy_(1, targets, pool.index_select(1, sources))
+
+
+def _on_device(device: torch.device, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=kind, device=device)

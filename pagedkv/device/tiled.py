@@ -7,6 +7,7 @@ query and block is a sequence of its own.
 Without a GPU the same kernels run under Triton's interpreter, in `test_cuda_operators.py`.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch
 
 from pagedkv.errors import UnsupportedBackend
 
-from .bias import PagedBias, Send, read
+from .bias import PagedBias, Send, read, sender
 from .library import attn_bias as masks
 from .operators import PagedOp, outputs, paged_attention, result
 from .tiles import Tiles, pairs, tiles
@@ -48,11 +49,12 @@ class TiledOp(PagedOp):
     MOST_QUERIES: ClassVar[int]  # in a tile under a causal mask
 
     @classmethod
+    @abstractmethod
     def mask(cls, cut: Tiles, block_size: int, send: Send) -> Any:
         """Put the tiles' lengths and tables where the kernel reads them."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def launch(
         cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,6 @@ class TiledOp(PagedOp):
             mask: What `mask` returned.
             scale: Of the scores.
         """
-        raise NotImplementedError
 
     @classmethod
     def asked_in(cls, computed: torch.dtype, stored: torch.dtype) -> torch.dtype:
@@ -80,10 +81,7 @@ class TiledOp(PagedOp):
     @classmethod
     def get_ready(cls, keys: torch.Tensor, computed: torch.dtype, heads: int, dim: int) -> None:
         """As in `PagedOp`, by a decode step of one query; other batches compile as they come."""
-
-        def send(array: Any) -> torch.Tensor:
-            return torch.from_numpy(array).to(keys.device)
-
+        send = sender(keys.device)
         bias = PagedBias.build(_ONE_QUERY, _ONE_KEY, _BLOCK_0, keys.shape[1], send=send)
         query = torch.zeros((1, heads, dim), dtype=computed, device=keys.device)
         try:
@@ -108,7 +106,7 @@ class TiledOp(PagedOp):
         out, lse, block_lse = outputs(inp, q)
         prepared = getattr(inp.attn_bias, "prepared", {})
         if "tiles" not in prepared:
-            cls._cut(inp.attn_bias, prepared, lambda array: torch.from_numpy(array).to(q.device))
+            cls._cut(inp.attn_bias, prepared, sender(q.device))
         for launch in prepared["tiles"]:
             partial, logs = cls._run(q, k, v, launch, inp.scale_float)
             real = launch.queries[: launch.num_real]

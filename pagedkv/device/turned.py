@@ -6,14 +6,13 @@ log-sum-exps, which is exact. A sequence's last run holds the step's own tokens 
 runs before it are seen whole.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Int32, Int64
-from pagedkv.device.operators import PagedBias, paged_attention
+from pagedkv.device.bias import Send
+from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
 from pagedkv.device.turns import Turns
 
 __all__ = ["TurnedBias"]
@@ -31,6 +30,7 @@ class TurnedBias:
         block_size: Slots of a block.
         turns: For [B, W].
         want_block_lse: Fill `block_lse` as well.
+        send: Puts arrays where the keys are.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class TurnedBias:
         turns: Turns,
         *,
         want_block_lse: bool = False,
+        send: Send = torch.from_numpy,
     ) -> None:
         self._turns = turns
         self._width = block_table.shape[1]
@@ -51,18 +52,19 @@ class TurnedBias:
         last = np.append(seq[1:] != seq[:-1], True)
         queries = np.diff(query_start)
         tail = num_resident[seq[last]] - first[last] * block_size
-        self._own = _Part(seq[last], first[last], count[last], query_start, turns.index)
+        self._own = _Part(seq[last], first[last], count[last], query_start, turns.index, send)
         self._own_bias = PagedBias.build(
             query_start,
             tail,
             self._own.table(block_table),
             block_size,
             want_block_lse=want_block_lse,
+            send=send,
         )
         self._old: _Part | None = None
         if not last.all():
             old = ~last
-            self._old = _Part(seq[old], first[old], count[old], query_start, turns.index)
+            self._old = _Part(seq[old], first[old], count[old], query_start, turns.index, send)
             starts = np.append(0, np.cumsum(queries[seq[old]])).astype(np.int32)
             self._old_bias = PagedBias.build(
                 starts,
@@ -71,10 +73,16 @@ class TurnedBias:
                 block_size,
                 causal=False,
                 want_block_lse=want_block_lse,
+                send=send,
             )
 
+    def prepare(self, operator: type[PagedOp], send: Send) -> None:
+        """As `PagedOp.prepare`."""
+        for bias in (self._own_bias, *([self._old_bias] if self._old else [])):
+            operator.prepare(bias, send)
+
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: Any
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: type[PagedOp]
     ) -> Tensor:
         """Return attention over all runs: [T, Hq, D]; shapes as in `paged_attention`."""
         own = self._own.turned(query, self._turns)
@@ -83,7 +91,7 @@ class TurnedBias:
         assert lse is not None
         if self._own_bias.block_lse is not None:
             shape = (*query.shape[:2], self._width)
-            self.block_lse = torch.full(shape, -torch.inf)
+            self.block_lse = torch.full(shape, -torch.inf, device=query.device)
             self._own.scatter(self._own_bias.block_lse, self.block_lse)
         self.lse = lse
         if self._old is not None:
@@ -105,15 +113,25 @@ class _Part:
     """
 
     def __init__(
-        self, seq: Int64, first: Int64, count: Int64, query_start: Int32, index: Int32
+        self,
+        seq: Int64,
+        first: Int64,
+        count: Int64,
+        query_start: Int32,
+        index: Int32,
+        send: Send,
     ) -> None:
         self._seq, self._first, self._count = seq, first, count
         queries = np.diff(query_start)[seq]
-        self._run = np.repeat(np.arange(len(seq)), queries)
+        run = np.repeat(np.arange(len(seq)), queries)
         begin = np.repeat(np.cumsum(queries) - queries, queries)
-        token = query_start[seq][self._run] + np.arange(len(self._run)) - begin
-        self.token = torch.from_numpy(token.astype(np.int64))
-        self._row = torch.from_numpy(index[seq, first][self._run].astype(np.int64))
+        token = query_start[seq][run] + np.arange(len(run)) - begin
+        row = index[seq, first][run].astype(np.int64)
+        self.token = send(token.astype(np.int64))
+        self._row = send(row) if row.any() else None
+        pair, column = np.nonzero(np.arange(count.max(initial=1)) < count[run][:, None])
+        at = (pair, column, token[pair].astype(np.int64), first[run[pair]] + column)
+        self._scattered = tuple(send(each) for each in at)
 
     def table(self, block_table: Int32) -> Int32:
         """Return the runs' own block tables: [runs, widest]."""
@@ -123,15 +141,13 @@ class _Part:
 
     def turned(self, query: Tensor, turns: Turns) -> Tensor:
         """Return the queries of the pairs, turned for their runs: [N, Hq, D]."""
-        return turns.apply(query[self.token], self._row)
+        asked = query.index_select(0, self.token)
+        return asked if self._row is None else turns.apply(asked, self._row)
 
     def scatter(self, source: Tensor, target: Tensor) -> None:
         """Write pairs' block lse [N, Hq, widest] to their entries of [T, Hq, W]."""
-        width = np.arange(source.shape[2])
-        pair, column = np.nonzero(width < self._count[self._run][:, None])
-        entry = torch.from_numpy(self._first[self._run[pair]] + column)
-        at, column_at = torch.from_numpy(pair), torch.from_numpy(column)
-        target[self.token[at], :, entry] = source[at, :, column_at]
+        pair, column, token, entry = self._scattered
+        target[token, :, entry] = source[pair, :, column]
 
 
 def _runs(num_resident: Int32, index: Int32, block_size: int) -> tuple[Int64, Int64, Int64]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Int32
+from pagedkv.device.bias import Send
 
 __all__ = ["Turns"]
 
@@ -21,17 +22,24 @@ class Turns:
 
     Attributes:
         index: int32 [B, W] Which row of the tables; row 0 turns nothing.
-        cos, sin: fp32 [U, pairs] Of the angle of each pair of elements; computed in fp64.
+        cos, sin: fp32 [U, pairs] Of the angle of each pair of elements; computed in fp64. They are
+            where the vectors are.
         interleaved: A pair is elements (2i, 2i + 1), not (i, i + pairs).
 
     Args:
         turns: int [B, W] Positions to turn by.
         frequencies: Radians that one position turns each pair by; the first 2 * pairs elements of
             a head are rotated, the rest are not.
+        send: Puts arrays where the vectors are.
     """
 
     def __init__(
-        self, turns: Int32, frequencies: tuple[float, ...], *, interleaved: bool = False
+        self,
+        turns: Int32,
+        frequencies: tuple[float, ...],
+        *,
+        interleaved: bool = False,
+        send: Send = torch.from_numpy,
     ) -> None:
         amounts, index = np.unique(np.append(0, turns.ravel()), return_inverse=True)
         zero = index[0]
@@ -39,17 +47,14 @@ class Turns:
         order[[0, zero]] = zero, 0  # the identity comes first
         self.index: Int32 = np.ascontiguousarray(order[index[1:]].reshape(turns.shape), np.int32)
         angles: npt.NDArray[np.float64] = amounts[order][:, None] * np.array(frequencies)
-        self.cos: npt.NDArray[np.float32] = np.cos(angles).astype(np.float32)
-        self.sin: npt.NDArray[np.float32] = np.sin(angles).astype(np.float32)
+        self.cos, self.sin = (send(of(angles).astype(np.float32)) for of in (np.cos, np.sin))
         self.interleaved = interleaved
 
     def apply(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Return vectors [N, ..., head_dim], each of the N turned by its own row: int64 [N]."""
-        if not rows.any():
-            return vectors
         shape = (len(rows), *(1,) * (vectors.dim() - 2), self.cos.shape[1])
-        cos = torch.from_numpy(self.cos)[rows].view(shape)
-        sin = torch.from_numpy(self.sin)[rows].view(shape)
+        cos = self.cos.index_select(0, rows).view(shape)
+        sin = self.sin.index_select(0, rows).view(shape)
         return self._rotated(vectors, cos, sin)
 
     def _rotated(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

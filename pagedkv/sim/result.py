@@ -97,7 +97,12 @@ def simulate(
     config = config or EngineConfig()
     if config.cache.num_blocks is None:
         blocks = model.num_blocks(config.cache.block_size)
-        cache = msgspec.structs.replace(config.cache, num_blocks=blocks, kv_cache_memory_bytes=None)
+        cache = msgspec.structs.replace(
+            config.cache,
+            num_blocks=blocks,
+            kv_cache_memory_bytes=None,
+            kv_cache_memory_fraction=None,
+        )
         config = msgspec.structs.replace(config, cache=cache)
     engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(replicas)]
     if prepare is not None:

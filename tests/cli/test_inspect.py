@@ -65,6 +65,8 @@ def test_env_shows_versions_machine_and_operator(cli):
         "memory ",
         "threads ",
         "pagedkv_cpu",
+        "pagedkv_splitk",
+        "pagedkv_gathered",
     ):
         assert word in out, word
     assert max(map(len, out.splitlines())) <= 120
@@ -76,6 +78,11 @@ def test_env_as_json(cli):
     assert facts["machine"]["cores"] >= 1
     assert facts["machine"]["threads"]["torch"] >= 1
     assert facts["attention"]["float32"].startswith("pagedkv_cpu, ")
+    operators = {each["name"]: each for each in facts["attention"]["operators"]}
+    assert operators["pagedkv_cpu"]["here"] == "yes"
+    if facts["attention"]["cuda"] is None:
+        assert operators["pagedkv_splitk"]["here"] == "no: torch sees no GPU"
+    assert "multiples of 16" in operators["pagedkv_splitk"]["takes"]
 
 
 def test_env_says_what_is_lacking(cli, monkeypatch):

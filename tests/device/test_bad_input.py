@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pagedkv import LLM, EngineConfig, SamplingParams, Scheduler
 from pagedkv.config import CacheConfig
+from pagedkv.device import memory
 from pagedkv.device.models import load_model
 from pagedkv.errors import (
     ConfigError,
@@ -17,7 +19,10 @@ from pagedkv.errors import (
     InvalidTransition,
     ModelNotFound,
     PagedKVError,
+    UnsupportedBackend,
 )
+
+CPU = torch.device("cpu")
 
 FEW = SamplingParams(max_tokens=3, temperature=0)
 
@@ -113,6 +118,45 @@ def test_constructor(given: dict[str, Any], told: str) -> None:
 def test_a_pool_beyond_all_machines() -> None:
     with pytest.raises(ConfigError, match="num_blocks"):
         Scheduler(EngineConfig(cache=CacheConfig(num_blocks=2**31 - 1)))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"kv_cache_memory_bytes": 1 << 60}, r"kv_cache_memory_bytes: .*GiB and cpu has .*GiB"),
+        ({"num_blocks": 1 << 25, "block_size": 256}, "num_blocks: .*GiB and cpu has"),
+        ({"num_blocks": 4, "num_cpu_blocks": 1 << 30}, "num_cpu_blocks: .* lower num_cpu_blocks"),
+        ({"kv_cache_memory_fraction": 1e-12}, "kv_cache_memory_fraction: .* hold no block"),
+        ({"num_blocks": 4, "kv_cache_memory_fraction": 0.5}, "num_blocks and .* are both given"),
+        ({"kv_cache_memory_fraction": 1.5}, "kv_cache_memory_fraction is 1.5"),
+    ],
+)
+def test_a_pool_that_the_machine_cannot_hold(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        LLM("tiny-random", **given)
+
+
+def test_a_fraction_is_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < memory.free(CPU) <= memory.total(CPU)
+    monkeypatch.setattr(memory, "free", lambda device: 3 << 20)
+    sizes = [
+        LLM("tiny-random", block_size=4, **given).store.num_bytes
+        for given in ({"kv_cache_memory_fraction": 0.5}, {"kv_cache_memory_bytes": 3 << 19})
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "told"),
+    [
+        ("cuda:99", UnsupportedBackend, "CUDA devices, not 'cuda:99'"),
+        ("gpu", ConfigError, "'gpu' is not a torch device"),
+        ("meta", UnsupportedBackend, "no operator runs on device=meta"),
+    ],
+)
+def test_devices(device: str, error: type[PagedKVError], told: str) -> None:
+    with pytest.raises(error, match=told):
+        LLM("tiny-random", device=device, num_blocks=4)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 5000])

@@ -1,5 +1,6 @@
 """The table of operators: what serves which device, dtype, storage, block size and head size."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -40,27 +41,24 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("wanted", [*{e.name for e in OPERATORS}, None])
+@pytest.mark.parametrize("wanted", [*sorted({entry.name for entry in OPERATORS}), None])
 def test_the_table(wanted: str | None) -> None:
     for (device, dtype, stored, block_size, head_dim), name in EXPECTED.items():
         if name != wanted:
             continue
-
-        def chosen(arguments=(device, dtype, stored, block_size, head_dim)):  # type: ignore[no-untyped-def]
-            at, computed, kept, size, dim = arguments
-            return choose_operator(
-                at,
-                getattr(torch, computed),
-                stored=getattr(torch, kept),
-                block_size=size,
-                head_dim=dim,
-            )
-
+        choose = partial(
+            choose_operator,
+            device,
+            getattr(torch, dtype),
+            stored=getattr(torch, stored),
+            block_size=block_size,
+            head_dim=head_dim,
+        )
         if name is None:
             with pytest.raises(UnsupportedBackend):
-                chosen()
+                choose()
         else:
-            assert name == chosen().NAME
+            assert name == choose().NAME
 
 
 def test_its_lines_are_all_reached() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pagedkv import LLM, SamplingParams
-from pagedkv.device.quantize import dequantize, quantize, row_words
-from pagedkv.device.store import storage_dtype
-from pagedkv.errors import ConfigError
+from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.quantize import dequantize, quantize, quantize4, row_words
+from pagedkv.device.store import INT4, KVStore, bytes_per_block, one_group, storage_dtype
+from pagedkv.errors import ConfigError, UnsupportedBackend
 
 PROMPTS = [list(range(3 + i, 40 + 9 * i)) for i in range(4)]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -79,8 +80,45 @@ def test_policies_evict_above_it(eviction: str, granularity: str) -> None:
     assert apart.abs().median() < 0.1
 
 
+@pytest.mark.parametrize("dim", [8, 24, 64])
+def test_in_4_bits_each_number_is_within_half_a_step(dim: int) -> None:
+    exact = torch.randn(7, 3, dim) * torch.logspace(-3, 3, 7)[:, None, None] + 1
+    rows = quantize4(exact)
+    assert rows.shape == (7, 3, row_words(dim, bits=4))
+    low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
+    fp16 = (low.abs() + high - low) * 2**-10
+    assert ((dequantize(rows, dim) - exact).abs() <= (high - low) / 30 + fp16).all()
+    assert (dequantize(quantize4(torch.full((2, dim), 0.5)), dim) == 0.5).all()
+    for bad in (torch.nan, torch.inf):
+        broken = torch.zeros(dim)
+        broken[1] = bad
+        assert dequantize(quantize4(broken), dim).isnan().all()
+
+
+def test_a_store_in_4_bits_gives_back_what_was_written() -> None:
+    geometry: ModelGeometry = serve("auto").model.geometry
+    store = KVStore(geometry, 5, 4, dtype=INT4, poison=True)
+    shape = 3, geometry.num_kv_heads, geometry.head_dim
+    key, value = torch.randn(shape), torch.randn(shape)
+    slots = torch.tensor([2, 17, 5])
+    store.write(0, slots, key, value)
+    for pool, written in ((store.keys, key), (store.values, value)):
+        kept = dequantize(pool[0].flatten(0, 1), geometry.head_dim)
+        torch.testing.assert_close(kept[slots], dequantize(quantize4(written), geometry.head_dim))
+        assert kept[0].isnan().all()
+    sizes = [
+        bytes_per_block(geometry, one_group(geometry), 4, kind) for kind in (torch.float32, INT4)
+    ]
+    dim = geometry.head_dim
+    assert sizes[0] / sizes[1] == 4 * dim / (dim / 2 + 4)
+
+
 def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="head size is 12"):
+        storage_dtype("int4", 12, torch.float16)
+    with pytest.raises(UnsupportedBackend, match=r"pagedkv_cpu was tried and refused: .*int4"):
+        serve("int4")
     with pytest.raises(ConfigError, match="head size is 6"):
         storage_dtype("int8", 6, torch.float32)
     with pytest.raises(ConfigError, match="kv_cache_dtype"):
-        serve("int4")
+        serve("int3")
