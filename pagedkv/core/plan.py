@@ -135,7 +135,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, eq=False):
     """What one step does: B sequences compute T tokens, S of them draw a token.
 
     G is the number of groups (block tables per sequence); W is the widest block table in the step,
-    or up to an eighth more (`table.plan_width`).
+    or up to an eighth more (`arrays.plan_width`).
 
     Attributes:
         step: Counts the scheduler's plans from 0.

@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.arrays import Int32, Int64, plan_width
 from pagedkv.core.batch import Batch, Draws
 from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.positions import turns
 from pagedkv.core.retention import Retention
-from pagedkv.core.table import plan_width
 
 __all__ = ["Decision", "build_plan", "drawing"]
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64
+from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64, plan_width
 from pagedkv.core.request import Sequence
 from pagedkv.core.tokens import TokenColumns
 
-__all__ = ["SequenceTable", "plan_width"]
+__all__ = ["SequenceTable"]
 
 FIRST_TOKENS = 64
 FIRST_BLOCKS = 16
@@ -395,13 +395,3 @@ class SequenceTable:
         assert all((s is None) == f for s, f in zip(self.sequences, free, strict=True)), (
             "a row and its sequence disagree"
         )
-
-
-def plan_width(widest: int) -> int:
-    """Return how wide a plan's tables are, of which the widest has so many blocks.
-
-    Four significant bits: an eighth more at most. Where that is the width of the columns, reading
-    and writing them is one run over memory instead of one per table, and so much faster.
-    """
-    step = 1 << max(0, (widest - 1).bit_length() - 4)
-    return -(-widest // step) * step
