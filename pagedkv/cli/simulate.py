@@ -117,7 +117,10 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-leap", action="store_true", help="take every step singly; slower")
     group.add_argument(
-        "--jobs", type=int, metavar="N", help="processes for sweeps [default: cores]"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes that share a sweep's runs, or one run's replicas [default: cores]",
     )
     group.add_argument(
         "--calibrate", action="store_true", help="fit a cost model to --model on this machine"

@@ -98,9 +98,7 @@ def config_of(args: argparse.Namespace) -> EngineConfig:
     return with_fields(config, seed=args.seed, reclaim=order)
 
 
-def simulated(
-    args: argparse.Namespace, progress: Callable[[int], None] | None = None
-) -> tuple[SimResult, EngineConfig]:
+def simulated(args: argparse.Namespace, processes: int = 1) -> tuple[SimResult, EngineConfig]:
     """Run one simulation as the flags say."""
     config, source = config_of(args), workload(args)
     prepare: Callable[[Scheduler], None] | None = None
@@ -122,15 +120,15 @@ def simulated(
         max_concurrency=args.max_concurrency,
         leap=not args.no_leap,
         watch=args.perfetto is not None,
-        progress=progress,
+        processes=processes,
         prepare=prepare,
     )
     return found, config
 
 
-def one_run(varied: dict[str, Any], args: argparse.Namespace) -> Run:
+def one_run(varied: dict[str, Any], args: argparse.Namespace, processes: int = 1) -> Run:
     """Simulate once and return plain data, for this process or another."""
-    found, config = simulated(args)
+    found, config = simulated(args, processes)
     if args.perfetto:
         write_perfetto(found, Path(args.perfetto))
     return {
@@ -152,12 +150,13 @@ def one_run(varied: dict[str, Any], args: argparse.Namespace) -> Run:
 def _all_runs(
     points: list[tuple[dict[str, Any], argparse.Namespace]], jobs: int | None
 ) -> list[Run]:
+    most = jobs or os.cpu_count() or 1
     if len(points) == 1:
-        return [one_run(*points[0])]
+        return [one_run(*points[0], processes=most)]
     from rich.console import Console
     from rich.progress import Progress
 
-    workers = min(len(points), jobs or os.cpu_count() or 1)
+    workers = min(len(points), most)
     done: dict[int, Run] = {}
     with (
         Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,

@@ -1,6 +1,7 @@
 """Watches one simulated engine and keeps what reports need, in bounded memory."""
 
 import math
+from collections import Counter
 
 import numpy as np
 from msgspec import Struct
@@ -75,7 +76,7 @@ class Recorder:
         self.latency = {name: Distribution() for name in LATENCIES}
         self.occupancy = Occupancy(scheduler)
         self.num_good = 0
-        self.num_ended: dict[str, int] = {}
+        self.num_ended: Counter[str] = Counter()
         self.input_tokens = 0
         self.output_tokens = 0
         self.last_end = 0.0
@@ -153,7 +154,7 @@ class Recorder:
     def _finish(self, ended: FinishedSequence, now: float) -> None:
         life = self._lives.pop(ended.seq_id)
         reason = ended.finish_reason
-        self.num_ended[reason] = self.num_ended.get(reason, 0) + 1
+        self.num_ended[reason] += 1
         request, count = life.request, len(ended.token_ids)
         row = life.row
         if row >= 0:
@@ -172,7 +173,7 @@ class Recorder:
                 self.latency["tpot"].add(tpot)
             good = self._slo.kept(ttft, tpot, e2el)
             self.num_good += good
-            self.tenants.finish(request, ended, ttft, e2el, good=good)
+            self.tenants.accounts.finish(request, ended, ttft, e2el, good=good)
         self.last_end = max(self.last_end, now)
 
     # Steps, by the array

@@ -12,7 +12,9 @@ from pagedkv.config import EngineConfig
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.presets import cost_preset
-from pagedkv.sim.recorder import LATENCIES, Phase, Recorder
+from pagedkv.sim.processes import in_processes, most_processes
+from pagedkv.sim.recorder import LATENCIES, Phase
+from pagedkv.sim.served import Served
 from pagedkv.sim.simulator import Cluster, Replica
 from pagedkv.sim.sketch import Distribution, Series
 from pagedkv.sim.slo import Objective
@@ -71,6 +73,7 @@ def simulate(
     max_concurrency: int | None = None,
     leap: bool = True,
     watch: bool = False,
+    processes: int = 1,
     progress: Callable[[int], None] | None = None,
     prepare: Callable[[Scheduler], None] | None = None,
 ) -> SimResult:
@@ -86,7 +89,9 @@ def simulate(
         max_concurrency: Users that wait for an answer before they ask again.
         leap: Take quiet steps as one; changes how long it takes, and nothing else.
         watch: Keep the phases of requests for a trace viewer.
-        progress: Is told how many requests have ended.
+        processes: The most that may share the replicas' work, if no replica depends on another:
+            in turns, without follow-ups, limits or phases to keep. Changes nothing but the time.
+        progress: Is told how many requests have ended in this process.
         prepare: Is given each replica's scheduler before it starts.
 
     Raises:
@@ -94,45 +99,64 @@ def simulate(
         TraceError: The workload cannot be read.
     """
     model = cost_preset(cost) if isinstance(cost, str) else cost
-    config = config or EngineConfig()
-    if config.cache.num_blocks is None:
-        blocks = model.num_blocks(config.cache.block_size)
-        cache = msgspec.structs.replace(
-            config.cache,
-            num_blocks=blocks,
-            kv_cache_memory_bytes=None,
-            kv_cache_memory_fraction=None,
-        )
-        config = msgspec.structs.replace(config, cache=cache)
-    engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(replicas)]
-    if prepare is not None:
-        for engine in engines:
-            prepare(engine.scheduler)
-    cluster = Cluster(engines, route=routing, max_concurrency=max_concurrency)
-    cluster.run(workload, progress)
-    return _gather(cluster, workload, config, slo or Objective())
+    config = _with_blocks(config or EngineConfig(), model)
+    apart = routing == "round_robin" and not workload.closed_loop and max_concurrency is None
+    if not apart or watch or prepare is not None:
+        processes = 1
+    shares = max(1, min(most_processes(processes), replicas))
+
+    def serve(number: int) -> tuple[list[Served], int]:
+        count = len(range(number, replicas, shares))
+        engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(count)]
+        if prepare is not None:
+            for engine in engines:
+                prepare(engine.scheduler)
+        cluster = Cluster(engines, route=routing, max_concurrency=max_concurrency)
+        mine = workload if shares == 1 else workload.dealt(number, shares, replicas)
+        cluster.run(mine, None if number else progress)
+        return [Served.by(engine) for engine in engines], cluster.num_unsent
+
+    found = in_processes(serve, shares)
+    served = [found[i % shares][0][i // shares] for i in range(replicas)]
+    unsent = sum(each for _, each in found)
+    return _gather(served, unsent, workload, config, slo or Objective())
+
+
+def _with_blocks(config: EngineConfig, model: CostModel) -> EngineConfig:
+    """Return a configuration that says how many blocks there are: as many as fit, if it did not."""
+    if config.cache.num_blocks is not None:
+        return config
+    blocks = model.num_blocks(config.cache.block_size)
+    cache = msgspec.structs.replace(
+        config.cache,
+        num_blocks=blocks,
+        kv_cache_memory_bytes=None,
+        kv_cache_memory_fraction=None,
+    )
+    return msgspec.structs.replace(config, cache=cache)
 
 
 def _gather(
-    cluster: Cluster, workload: Workload, config: EngineConfig, slo: Objective
+    served: list[Served], unsent: int, workload: Workload, config: EngineConfig, slo: Objective
 ) -> SimResult:
-    recorders = [replica.recorder for replica in cluster.replicas]
-    latency = {name: _merged([r.latency[name] for r in recorders]) for name in LATENCIES}
-    occupancy, tenants = recorders[0].occupancy.series, recorders[0].tenants
-    for recorder in recorders[1:]:
-        occupancy.merge(recorder.occupancy.series)
-        tenants.merge(recorder.tenants)
-    summary = _summary(cluster, recorders, latency, slo)
-    summary |= _pool(cluster, occupancy, config)
-    summary |= tenants.fairness()
+    latency = {name: _merged([each.latency[name] for each in served]) for name in LATENCIES}
+    occupancy, accounts = served[0].occupancy, served[0].accounts
+    for each in served[1:]:
+        occupancy.merge(each.occupancy)
+        accounts.merge(each.accounts)
+    summary = _summary(served, latency, slo)
+    summary["unsent_follow_ups"] = unsent
+    summary |= _pool(served, occupancy, config)
+    summary |= accounts.fairness()
     summary["skipped_rows"] = dict(workload.skipped)
-    summary["synthetic_scores"] = _scores_are_made_up(cluster)
+    # Whether any policy may have judged by attention that no model computed.
+    summary["synthetic_scores"] = any(each.num_synthetic for each in served)
     return SimResult(
         summary=summary,
         latency=latency,
         occupancy=occupancy,
-        tenants=tenants.table(summary["duration"]),
-        phases=[recorder.phases for recorder in recorders],
+        tenants=accounts.table(summary["duration"]),
+        phases=[each.phases for each in served],
     )
 
 
@@ -144,49 +168,49 @@ def _merged(parts: list[Distribution]) -> Distribution:
 
 
 def _summary(
-    cluster: Cluster, recorders: list[Recorder], latency: dict[str, Distribution], slo: Objective
+    served: list[Served], latency: dict[str, Distribution], slo: Objective
 ) -> dict[str, Any]:
-    duration = max(max(r.last_end for r in recorders), 1e-9)
+    duration = max(max(each.last_end for each in served), 1e-9)
     ends: Counter[str] = Counter()
     refused: Counter[str] = Counter()
-    for replica in cluster.replicas:
-        ends.update(replica.recorder.num_ended)
-        refused.update(replica.refused)
+    for each in served:
+        ends.update(each.ends)
+        refused.update(each.refused)
     completed = ends["length"] + ends["stop"]
-    inputs = sum(r.input_tokens for r in recorders)
-    outputs = sum(r.output_tokens for r in recorders)
+    good = sum(each.num_good for each in served)
+    inputs = sum(each.input_tokens for each in served)
+    outputs = sum(each.output_tokens for each in served)
     found: dict[str, Any] = {
         "duration": duration,
         "completed": completed,
         "failed": ends["error"] + refused.total(),
         "refused": dict(refused),
-        "unsent_follow_ups": cluster.num_unsent,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "request_throughput": completed / duration,
-        "request_goodput": sum(r.num_good for r in recorders) / duration if slo.bounds else None,
-        "good_fraction": sum(r.num_good for r in recorders) / max(1, completed),
+        "request_goodput": good / duration if slo.bounds else None,
+        "good_fraction": good / max(1, completed),
         "output_throughput": outputs / duration,
         "total_token_throughput": (inputs + outputs) / duration,
-        "max_concurrent_requests": sum(r.most_in_flight for r in recorders),
-        "max_output_tokens_per_s": sum(r.occupancy.most_tokens_per_second for r in recorders),
+        "max_concurrent_requests": sum(each.most_in_flight for each in served),
+        "max_output_tokens_per_s": sum(each.most_tokens_per_second for each in served),
     }
     for name in LATENCIES:
         found |= latency[name].summary(f"{name}_ms", PERCENTILES, 1000.0)
     return found
 
 
-def _pool(cluster: Cluster, occupancy: Series, config: EngineConfig) -> dict[str, Any]:
+def _pool(served: list[Served], occupancy: Series, config: EngineConfig) -> dict[str, Any]:
     """Return what the schedulers counted, and how full their pools were."""
-    stats = [msgspec.structs.asdict(replica.scheduler.stats()) for replica in cluster.replicas]
+    stats = [msgspec.structs.asdict(each.stats) for each in served]
     totals = {name: sum(s[name] for s in stats) for name in stats[0] if name not in _GAUGES}
     blocks = (config.cache.num_blocks or 1) * len(stats)
     means, peaks = occupancy.means, occupancy.peaks
     held_slots = max(means["held"] * config.cache.block_size, 1e-9)
     return {
         **totals,
-        "swapped_tokens": sum(replica.executor.swapped_tokens for replica in cluster.replicas),
-        "num_leaps": sum(replica.num_leaps for replica in cluster.replicas),
+        "swapped_tokens": sum(each.swapped_tokens for each in served),
+        "num_leaps": sum(each.num_leaps for each in served),
         "prefix_cache_hit_rate": totals["prompt_tokens_cached"] / max(1, totals["prompt_tokens"]),
         "num_blocks": blocks,
         "mean_kv_cache_usage": means["held"] / blocks,
@@ -195,11 +219,6 @@ def _pool(cluster: Cluster, occupancy: Series, config: EngineConfig) -> dict[str
         "mean_waiting": means["waiting"],
         "internal_fragmentation": means["wasted_slots"] / held_slots,
     }
-
-
-def _scores_are_made_up(cluster: Cluster) -> bool:
-    """Return whether any policy may have judged by attention that no model computed."""
-    return any(replica.executor.num_synthetic > 0 for replica in cluster.replicas)
 
 
 def spread(values: list[float]) -> dict[str, float]:

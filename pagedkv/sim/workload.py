@@ -88,6 +88,19 @@ class Workload:
             return self
         return self._derived(lambda: itertools.islice(iter(self), count))
 
+    def dealt(self, number: int, processes: int, replicas: int) -> "Workload":
+        """Return what round robin deals to the replicas ``number``, ``number + processes`` ...
+
+        In turns among those alone, each of them gets the same.
+        """
+
+        def source() -> Iterator[SimRequest]:
+            for i, request in enumerate(self):
+                if i % replicas % processes == number:
+                    yield request
+
+        return self._derived(source)
+
     def faster(self, speedup: float) -> "Workload":
         """Return the workload with arrivals ``speedup`` times as dense; think times stay."""
         if speedup == 1:

@@ -13,6 +13,7 @@ from pagedkv import ConfigError, TraceError
 from pagedkv.sim.cost import StepWork
 from pagedkv.sim.generators import Lengths, random_requests, sessions, tenants
 from pagedkv.sim.presets import cost_preset
+from pagedkv.sim.processes import in_processes
 from pagedkv.sim.recorder import LATENCIES
 from pagedkv.sim.simulator import Replica
 from pagedkv.sim.slo import objective
@@ -303,3 +304,32 @@ def test_memory_does_not_grow_with_the_number_of_requests():
     assert len(replica._requests) < 20
     assert not recorder.phases
     assert np.isfinite(recorder.latency["ttft"].percentile(99))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 9])
+@pytest.mark.parametrize("kind", ["random", "tenants"])
+def test_processes_change_nothing(kind, processes):
+    setup = config(num_blocks=90)
+    asked = make_workload(kind, seed=3, rate=40.0)
+    one = pagedkv.simulate(setup, asked, replicas=4)
+    many = pagedkv.simulate(setup, asked, replicas=4, processes=processes)
+    assert many.to_json() == one.to_json()
+
+
+def test_replicas_that_depend_on_each_other_stay_in_one_process(monkeypatch):
+    asked = make_workload("sessions", seed=3, rate=40.0)
+    one = pagedkv.simulate(config(), asked, replicas=2)
+    monkeypatch.setattr(pagedkv.sim.result, "in_processes", lambda serve, count: [serve(0)] * count)
+    for changed in ({}, {"routing": "least_loaded"}, {"max_concurrency": 3}, {"watch": True}):
+        many = pagedkv.simulate(config(), asked, replicas=2, processes=2, **changed)
+        assert many.summary["completed"] == one.summary["completed"]
+
+
+def test_a_fault_in_another_process_is_raised_here():
+    def serve(number):
+        if number:
+            raise TraceError("a bad row", where="file:7")
+        return number
+
+    with pytest.raises(TraceError, match="a bad row"):
+        in_processes(serve, 2)
