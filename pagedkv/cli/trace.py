@@ -10,6 +10,7 @@ from pagedkv.sim.traces import WRITERS, trace_stats, write_trace
 
 __all__ = ["add_parser", "run"]
 
+_KINDS = [kind for kind in GENERATORS if kind != "sessions"]
 _STATS_EXAMPLES = """\
 examples:
   pagedkv trace stats conversation_trace.jsonl
@@ -66,7 +67,10 @@ def _add_generate(modes: Any) -> None:
         epilog=_GENERATE_EXAMPLES,
     )
     generate.add_argument(
-        "kind", metavar="KIND", choices=list(GENERATORS), help=", ".join(GENERATORS)
+        "kind",
+        metavar="KIND",
+        choices=_KINDS,
+        help=f"{', '.join(_KINDS)}; sessions, whose times depend on answers, cannot be written",
     )
     add_generator_flags(generate)
     _add_common(generate)

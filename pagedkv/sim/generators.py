@@ -10,6 +10,7 @@ import numpy as np
 from pagedkv.core.arrays import Float64, Int64
 from pagedkv.errors import ConfigError
 from pagedkv.sim.content import Content, stream_id, text
+from pagedkv.sim.ranges import check
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["GENERATORS", "Lengths", "gaps", "random_requests", "sessions", "tenants", "tool_agent"]
@@ -32,16 +33,19 @@ class Lengths:
     def __init__(
         self, mean: float, law: str = "fixed", spread: float = 0.0, most: int = 131_072
     ) -> None:
-        if law not in _LAWS or not 1 <= mean <= most or spread < 0:
+        check("lengths", mean=mean, spread=spread, most=most)
+        if law not in _LAWS:
             raise ConfigError(
-                f"no lengths of mean {mean:g}, law {law!r}, spread {spread:g}",
-                where="lengths",
-                remedy=f"give a mean of 1 to {most}, a law of {', '.join(_LAWS)}, a spread of 0 up",
+                f"there is no law {law!r}", where="lengths.law", remedy=f"give {', '.join(_LAWS)}"
+            )
+        if mean > most:
+            raise ConfigError(
+                f"mean is {mean}", where="lengths.mean", remedy=f"give at most {most}"
             )
         if (law == "zipf" and spread == 0) or (law == "uniform" and spread > 1):
             raise ConfigError(
-                f"spread {spread:g} makes no {law} law",
-                where="lengths",
+                f"spread {spread} makes no {law} law",
+                where="lengths.spread",
                 remedy="give zipf more than 0, uniform at most 1",
             )
         self._mean, self._law, self._spread, self._most = mean, law, spread, most
@@ -69,12 +73,6 @@ def gaps(rng: np.random.Generator, rate: float, burstiness: float, count: int) -
 
     1 is a Poisson process, less is burstier, inf is a steady beat; rate inf is all at once.
     """
-    if not rate > 0 or not burstiness > 0:
-        raise ConfigError(
-            f"no arrivals of rate {rate:g} and burstiness {burstiness:g}",
-            where="request_rate",
-            remedy="give a rate and a burstiness above 0",
-        )
     if np.isinf(rate):
         return np.zeros(count)
     if np.isinf(burstiness):
@@ -104,6 +102,15 @@ def random_requests(
     seed: int = 0,
 ) -> Workload:
     """Independent requests; with ``prefix_len``, each begins with one of some shared prefixes."""
+    check(
+        "workload",
+        num_prompts=num_prompts,
+        rate=rate,
+        burstiness=burstiness,
+        prefix_len=prefix_len,
+        num_prefixes=num_prefixes,
+        seed=seed,
+    )
 
     def source() -> Iterator[SimRequest]:
         rng = np.random.default_rng([seed, user])
@@ -138,12 +145,7 @@ def tenants(
 
     Each has random streams of its own: what one asks does not depend on how many others there are.
     """
-    if num_tenants < 1 or skew < 0:
-        raise ConfigError(
-            f"{num_tenants} tenants with skew {skew:g}",
-            where="num_tenants",
-            remedy="give 1 tenant or more and a skew of 0 or more",
-        )
+    check("workload", num_tenants=num_tenants, skew=skew, rate=rate, num_prompts=num_prompts)
     shares = np.arange(1, num_tenants + 1, dtype=np.float64) ** -skew
     shares /= shares.sum()
     options.setdefault("prefix_len", 256)
@@ -187,12 +189,16 @@ def sessions(
         turns: Mean turns of a conversation.
         think: Mean seconds of thinking.
     """
-    if turns < 1 or think < 0:
-        raise ConfigError(
-            f"{turns:g} turns with {think:g} s of thinking",
-            where="turns",
-            remedy="give 1 turn or more and 0 s or more",
-        )
+    check(
+        "workload",
+        num_prompts=num_prompts,
+        rate=rate,
+        burstiness=burstiness,
+        turns=turns,
+        think=think,
+        prefix_len=prefix_len,
+        seed=seed,
+    )
 
     def source() -> Iterator[SimRequest]:
         starts = np.random.default_rng([seed, 0])
@@ -244,6 +250,7 @@ def tool_agent(
     blocks. Some requests are an agent's next call: they go on from an earlier one, 700 requests
     before on average.
     """
+    check("workload", num_prompts=num_prompts, rate=rate, burstiness=burstiness, seed=seed)
     hot = np.array([5, 12, 5]) * 512
     shares = np.array([0.463, 0.147, 0.390])
 

@@ -16,6 +16,7 @@ from pagedkv.core.prefix import PrefixIndex, extend_chain
 from pagedkv.core.reclaim import HIT_LEVEL
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError
+from pagedkv.sim.ranges import check
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["CLAIRVOYANT", "ORDERS", "Oracle", "Replayed", "replay"]
@@ -88,14 +89,15 @@ def replay(
         block_size: The trace's own if omitted, 16 where it has none.
 
     Raises:
-        ConfigError: The order is unknown.
+        ConfigError: The order is unknown, or the block size out of range.
         TraceError: The workload cannot be read.
     """
     if reclaim not in ORDERS:
         raise ConfigError(
             f"there is no order {reclaim!r}", where="reclaim", remedy=f"give {', '.join(ORDERS)}"
         )
-    size = block_size or workload.block_size or 16
+    size = (workload.block_size or 16) if block_size is None else block_size
+    check("replay", block_size=size)
     lengths: list[int] = []
     chains: list[list[bytes]] = []
     for request in workload:

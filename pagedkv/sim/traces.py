@@ -1,6 +1,9 @@
 """What is in a workload, in numbers; and workloads written out as trace files."""
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from pagedkv.core.prefix import extend_chain
 from pagedkv.errors import ConfigError
+from pagedkv.sim.ranges import check
 from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -46,14 +50,6 @@ class _Reuse:
         self.hit_tokens += min(hits * self._size, len(prompt))
 
 
-def _chain_of(request: SimRequest) -> list[SimRequest]:
-    """Return a request and its follow-ups."""
-    found = [request]
-    while found[-1].then is not None:
-        found.append(found[-1].then)
-    return found
-
-
 def trace_stats(workload: Workload, *, block_size: int | None = None) -> dict[str, Any]:
     """Return counts, rates, lengths and reuse of a workload, in one pass.
 
@@ -61,8 +57,13 @@ def trace_stats(workload: Workload, *, block_size: int | None = None) -> dict[st
 
     Args:
         block_size: For reuse; the trace's own if omitted, 16 where it has none.
+
+    Raises:
+        ConfigError: The block size is out of range.
+        TraceError: The workload cannot be read.
     """
-    size = block_size or workload.block_size or 16
+    size = (workload.block_size or 16) if block_size is None else block_size
+    check("trace", block_size=size)
     reuse = _Reuse(workload, size)
     inputs, outputs, gaps = Distribution(), Distribution(), Distribution()
     per_tenant: dict[str, int] = {}
@@ -74,7 +75,7 @@ def trace_stats(workload: Workload, *, block_size: int | None = None) -> dict[st
             gaps.add(arrival.arrival - last)
         first = arrival.arrival if first is None else first
         last = arrival.arrival
-        for request in _chain_of(arrival):
+        for request in arrival.turns():
             follow_ups += request is not arrival
             inputs.add(len(request.prompt))
             outputs.add(request.output_len)
@@ -113,7 +114,7 @@ def _write_hashed(workload: Workload, out: TextIO, block_size: int) -> int:
     """Write Mooncake's format: chained ids, numbered as they first appear."""
     numbers: dict[bytes, int] = {}
     count = 0
-    for request in _open_loop(workload):
+    for request in workload:
         prompt = request.prompt.token_ids()
         chain: list[bytes] = []
         whole = len(prompt) // block_size * block_size
@@ -140,7 +141,7 @@ def _write_exact(workload: Workload, out: TextIO, block_size: int) -> int:
     """Write LLMServingSim's format: the very tokens."""
     del block_size
     count = 0
-    for request in _open_loop(workload):
+    for request in workload:
         row = {
             "input_toks": len(request.prompt),
             "output_toks": request.output_len,
@@ -158,21 +159,11 @@ def _write_azure(workload: Workload, out: TextIO, block_size: int) -> int:
     out.write("TIMESTAMP,ContextTokens,GeneratedTokens\n")
     count = 0
     start = np.datetime64("2000-01-01T00:00:00", "us")
-    for request in _open_loop(workload):
+    for request in workload:
         when = str(start + np.timedelta64(round(request.arrival * 1e6), "us")).replace("T", " ")
         out.write(f"{when},{len(request.prompt)},{request.output_len}\n")
         count += 1
     return count
-
-
-def _open_loop(workload: Workload) -> Workload:
-    if workload.closed_loop:
-        raise ConfigError(
-            "its follow-ups come when answers have ended, and these formats hold fixed times",
-            where=workload.name,
-            remedy="read it with closed_loop off, or simulate it directly",
-        )
-    return workload
 
 
 WRITERS: dict[str, Callable[[Workload, TextIO, int], int]] = {
@@ -189,16 +180,53 @@ def write_trace(
 ) -> int:
     """Write a workload as a trace file and return the number of requests.
 
+    What was at the path is replaced once all is written, so a workload may be read from the file
+    that it is written to; a fault leaves the file as it was.
+
     Args:
         block_size: Tokens per id, where the format has ids: the workload's own, or 512.
 
     Raises:
-        ConfigError: The format is not written, or cannot hold follow-ups.
+        ConfigError: The format is not written or cannot hold follow-ups, the block size is out of
+            range, or the file cannot be written.
+        TraceError: The workload cannot be read.
     """
     if format not in WRITERS:
         raise ConfigError(
             f"{format!r} is not written", where="format", remedy=f"give {', '.join(WRITERS)}"
         )
-    size = block_size or workload.block_size or 512
-    with Path(path).open("w", encoding="utf-8", newline="") as out:
-        return WRITERS[format](_open_loop(workload), out, size)
+    if workload.closed_loop:
+        raise ConfigError(
+            "its follow-ups come when answers have ended, and these formats hold fixed times",
+            where=workload.name,
+            remedy="read it with closed_loop off (--open-loop), or simulate it directly",
+        )
+    size = (workload.block_size or 512) if block_size is None else block_size
+    check("trace", block_size=size)
+    with _replacing(Path(path)) as out:
+        return WRITERS[format](workload, out, size)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """Open a file beside ``path`` that takes its place if nothing goes wrong."""
+    if path.exists() and not path.is_file():  # a device or a pipe: nothing to lose, nor to replace
+        with path.open("w", encoding="utf-8", newline="") as out:
+            yield out
+        return
+    place = path.resolve()  # of a link, what it leads to
+    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as out:
+            yield out
+        if place.exists():
+            shutil.copymode(place, beside)
+        beside.replace(place)
+    except OSError as fault:
+        raise ConfigError(
+            f"cannot be written: {fault.strerror or fault}",
+            where=str(path),
+            remedy="name a file in a directory with room that may be written to",
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from pagedkv.errors import TraceError
 from pagedkv.sim.content import Content
+from pagedkv.sim.ranges import check
 
 __all__ = ["SimRequest", "Workload"]
 
@@ -37,6 +38,13 @@ class SimRequest(Struct, kw_only=True, eq=False):
     priority: int = 0
     think: float = 0.0
     then: "SimRequest | None" = None
+
+    def turns(self) -> Iterator["SimRequest"]:
+        """Yield this request and its follow-ups, in order."""
+        turn: SimRequest | None = self
+        while turn is not None:
+            yield turn
+            turn = turn.then
 
 
 class Workload:
@@ -83,10 +91,27 @@ class Workload:
             yield request
 
     def head(self, count: int | None) -> "Workload":
-        """Return the workload's first ``count`` arrivals; all of it for None."""
+        """Return the workload's first ``count`` requests; all of it for None.
+
+        Follow-ups count: the last conversation is cut where the number is reached.
+
+        Raises:
+            ConfigError: The count is less than 1.
+        """
         if count is None:
             return self
-        return self._derived(lambda: itertools.islice(iter(self), count))
+        check("workload", num_prompts=count)
+
+        def source() -> Iterator[SimRequest]:
+            left = count
+            for request in self:
+                turns = list(itertools.islice(request.turns(), left))
+                yield request if turns[-1].then is None else _linked(turns)
+                left -= len(turns)
+                if not left:
+                    return
+
+        return self._derived(source)
 
     def dealt(self, number: int, processes: int, replicas: int) -> "Workload":
         """Return what round robin deals to the replicas ``number``, ``number + processes`` ...
@@ -102,7 +127,12 @@ class Workload:
         return self._derived(source)
 
     def faster(self, speedup: float) -> "Workload":
-        """Return the workload with arrivals ``speedup`` times as dense; think times stay."""
+        """Return the workload with arrivals ``speedup`` times as dense; think times stay.
+
+        Raises:
+            ConfigError: The factor is out of range.
+        """
+        check("workload", speedup=speedup)
         if speedup == 1:
             return self
 
@@ -117,3 +147,12 @@ class Workload:
         made = Workload(self.name, source, block_size=self.block_size, closed_loop=self.closed_loop)
         made.skipped = self.skipped
         return made
+
+
+def _linked(turns: list[SimRequest]) -> SimRequest:
+    """Return copies of some turns, each followed by the next."""
+    then = None
+    for turn in reversed(turns):
+        then = msgspec.structs.replace(turn, then=then)
+    assert then is not None
+    return then

@@ -90,7 +90,21 @@ def test_requests_that_never_fit_are_failures(cli):
         (("--goodput", "ttft"), "goodput"),
         (("--find", "capacity"), "give --goodput"),
         (("--find", "blocks", "--goodput", "ttft:0.001"), "not met even with"),
-        (("--request-rate", "0"), "above 0"),
+        (("--request-rate", "0"), "rate is 0"),
+        (("--burstiness", "nan"), "burstiness is nan"),
+        (("--input-spread", "nan"), "spread is nan"),
+        (("--prefix-len", "-5"), "prefix_len is -5"),
+        (("--num-prefixes", "0"), "num_prefixes is 0"),
+        (("--workload", "sessions", "--turns", "inf"), "turns is inf"),
+        (("--workload", "sessions", "--think-time", "nan"), "think is nan"),
+        (("--workload", "sessions", "--think-time", "inf"), "think is inf"),
+        (("--trace", __file__, "--speedup", "nan"), "speedup is nan"),
+        (("--trace", __file__, "--speedup", "0"), "speedup is 0"),
+        (("--trace", __file__, "--num-prompts", "-1"), "num_prompts is -1"),
+        (("--trace", __file__, "--num-prompts", "0"), "num_prompts is 0"),
+        (("--trace", __file__, "--hash-block-size", "0"), "block_size is 0"),
+        (("--trace", __file__, "--format", "weka", "--session-rate", "0"), "session_rate is 0"),
+        (("--trace", __file__, "--format", "servegen", "--trace-start", "-1"), "start is -1"),
         (("--input-len", "0"), "lengths"),
         (("--hardware", "abacus"), "invalid choice"),
         (("--hardware", "a100-llama3-8b,abacus"), "invalid choice"),
@@ -114,6 +128,26 @@ def test_a_trace_is_made_looked_at_and_converted(cli, tmp_path):
     assert (stats["num_requests"], stats["num_tenants"]) == (25, 3)
     assert cli("trace", "convert", made, "--to", "azure", "--output", table).code == 0
     assert cli("trace", "stats", table, "--format", "azure").lines[1].split()[-1] == "25"
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (("generate", "sessions", "--output", "{kept}"), "invalid choice: 'sessions'"),
+        (("generate", "random", "--block-size", "-4", "--output", "{kept}"), "block_size is -4"),
+        (("generate", "random", "--num-prompts", "-1", "--output", "{kept}"), "-1"),
+        (("generate", "random", "--seed", "-1", "--output", "{kept}"), "seed is -1"),
+        (("convert", "{kept}", "--output", "{kept}"), "not valid JSON"),
+        (("stats", "{kept}", "--block-size", "-3"), "block_size is -3"),
+        (("stats", "{kept}", "--block-size", "0"), "block_size is 0"),
+        (("stats", "{kept}", "--num-prompts", "0"), "num_prompts is 0"),
+    ],
+)
+def test_what_cannot_be_made_of_a_trace_leaves_files_alone(refused, tmp_path, args, match):
+    kept = tmp_path / "kept"
+    kept.write_text("precious")
+    assert match in refused("trace", *(each.format(kept=kept) for each in args))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_skipped_rows_are_told(cli, tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -184,44 +183,6 @@ def test_unknown_formats_files_and_options_are_refused(tmp_path):
         read_trace(SLICE, "mooncake", on_error="ignore")
 
 
-def servegen_files(folder):
-    for number, rate in enumerate((2.0, 8.0)):
-        rows = [f"{600 * i},{rate},1.0,Gamma,1.0,{1 / rate}" for i in range(3)]
-        (folder / f"chunk-{number}-trace.csv").write_text("\n".join(rows) + "\n")
-        law = {"input_tokens": "{10: 0.5, 20: 0.5}", "output_tokens": "{5: 1.0}"}
-        (folder / f"chunk-{number}-dataset.json").write_text(json.dumps({"0": law}))
-    return folder
-
-
-def test_clients_of_servegen_are_tenants_with_streams_of_their_own(tmp_path):
-    folder = servegen_files(tmp_path)
-    requests = list(read_trace(folder, "servegen", duration=300.0))
-    by_tenant = {name: [r for r in requests if r.tenant == name] for name in ("client-0",)}
-    assert len(requests) == pytest.approx(10 * 300, rel=0.1)
-    assert {len(r.prompt) for r in requests} == {10, 20}
-    assert len(by_tenant["client-0"]) == pytest.approx(600, rel=0.15)
-    (folder / "chunk-1-trace.csv").unlink()
-    alone = list(read_trace(folder, "servegen", duration=300.0))
-    assert [r.arrival for r in alone] == [r.arrival for r in by_tenant["client-0"]]
-
-
-def test_servegen_archives_and_their_damage(tmp_path):
-    folder = servegen_files(tmp_path)
-    (folder / "chunk-7-trace.csv").write_text("0,1,1,Gamma,1,1\n")
-    with (folder / "chunk-1-trace.csv").open("a") as out:
-        out.write("1800,a,b\n")
-    with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as archive:
-        archive.add(folder, arcname="data", filter=lambda m: None if "all" in m.name else m)
-    with pytest.raises(TraceError, match=r"chunk-1-trace.csv:4"):
-        list(read_trace(tmp_path / "all.tar.gz", "servegen"))
-    some = read_trace(tmp_path / "all.tar.gz", "servegen", duration=60.0, on_error="skip")
-    assert {r.tenant for r in some} == {"client-0"}
-    assert some.skipped.total() == 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TraceError, match="no client"):
-        list(read_trace(tmp_path / "empty", "servegen"))
-
-
 def test_stats_of_the_slice():
     found = trace_stats(read_trace(SLICE, "mooncake"))
     rows = [json.loads(line) for line in SLICE.read_text().splitlines()]
@@ -253,6 +214,41 @@ def test_finer_ids_keep_what_is_shared(tmp_path):
     finer = read_trace(tmp_path / "out", "timed_trace", block_size=64)
     coarse = trace_stats(source, block_size=64)
     assert trace_stats(finer)["ideal_token_hit_ratio"] >= coarse["ideal_token_hit_ratio"] > 0
+
+
+def test_a_trace_is_written_over_the_file_it_is_read_from(tmp_path):
+    path = tmp_path / "trace"
+    path.write_bytes(SLICE.read_bytes())
+    path.chmod(0o640)
+    before = [r.arrival for r in read_trace(path, "mooncake")]
+    assert write_trace(read_trace(path, "mooncake"), path, "mooncake") == 400
+    assert [r.arrival for r in read_trace(path, "mooncake")] == pytest.approx(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_there_stays_when_a_trace_cannot_be_written(tmp_path):
+    bad = written(tmp_path / "bad", [*map(json.dumps, map(moon, range(300))), "{"])
+    talk = written(tmp_path / "talk", GOOD["weka"])
+    kept = written(tmp_path / "kept", ["precious"])
+    with pytest.raises(TraceError, match="not valid JSON"):
+        write_trace(read_trace(bad, "mooncake"), kept, "azure")
+    with pytest.raises(ConfigError, match="closed_loop off"):
+        write_trace(read_trace(talk, "weka"), kept, "mooncake")
+    with pytest.raises(ConfigError, match="block_size"):
+        write_trace(read_trace(SLICE, "mooncake"), kept, "mooncake", block_size=-4)
+    assert kept.read_text() == "precious\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "kept", "talk"]
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    link, place = tmp_path / "link", tmp_path / "place"
+    link.symlink_to(place)
+    write_trace(read_trace(SLICE, "mooncake").head(3), link, "azure")
+    assert link.is_symlink()
+    assert len(place.read_text().splitlines()) == 4
+    assert write_trace(read_trace(SLICE, "mooncake").head(3), "/dev/null", "azure") == 3
+    assert Path("/dev/null").is_char_device()
 
 
 def test_conversations_cannot_be_written_with_fixed_times(tmp_path):

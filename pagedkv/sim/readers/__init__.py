@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedkv.errors import ConfigError, TraceError
+from pagedkv.sim.ranges import check
 from pagedkv.sim.readers.exact import llmservingsim
 from pagedkv.sim.readers.hashed import bailian, mooncake, timed_trace
 from pagedkv.sim.readers.servegen import servegen
@@ -37,7 +38,7 @@ def read_trace(
         options: The reader's own.
 
     Raises:
-        ConfigError: The format is unknown or takes no such option.
+        ConfigError: The format is unknown, takes no such option, or its value is out of range.
         TraceError: There is no such file.
     """
     if format not in READERS:
@@ -48,6 +49,7 @@ def read_trace(
         )
     if on_error not in ("raise", "skip"):
         raise ConfigError(f"{on_error!r}", where="on_error", remedy="give raise or skip")
+    check("trace", **options)
     file = Path(path)
     if not file.exists():
         raise TraceError("there is no such file", where=str(path), remedy="give a trace's path")
