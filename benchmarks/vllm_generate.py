@@ -2,9 +2,11 @@
 
     python benchmarks/vllm_generate.py --vllm-python /path/to/vllm/bin/python
     python benchmarks/vllm_generate.py --vllm-python ... --scenario pressure --scale 0.25
+    python benchmarks/vllm_generate.py --vllm-python ... --systems pagedkv,packed,vllm
     python benchmarks/vllm_generate.py --scale 0.1 --systems pagedkv
 
-Two scenarios, greedy, end-of-sequence ignored, no prefix cache, steps of at most 2,048 tokens:
+"packed" is pagedkv with `pack_lm_head`. Two scenarios, greedy, end-of-sequence ignored, no prefix
+cache, steps of at most 2,048 tokens:
 
     equal      32 requests of 256 tokens in and 128 out, a pool that holds them all, full cache
     pressure   16 users whose contexts grow from 3,584 to 4,096 tokens, a pool of 8,192 tokens;
@@ -68,6 +70,7 @@ def pagedkv_system(options: argparse.Namespace, work: dict[str, int]) -> tuple[R
     eviction = format_policy(policy(options.policy, budget=budget)) if budget else "full"
     llm = pagedkv.LLM(
         options.directory,
+        pack_lm_head=options.worker == "packed",
         num_blocks=work["pool"] // 16,
         block_size=16,
         max_num_seqs=work["requests"],
@@ -131,7 +134,7 @@ def vllm_system(options: argparse.Namespace, work: dict[str, int]) -> tuple[Run,
     return run, steps, vllm.__version__
 
 
-SYSTEMS = {"pagedkv": pagedkv_system, "vllm": vllm_system}
+SYSTEMS = {"pagedkv": pagedkv_system, "packed": pagedkv_system, "vllm": vllm_system}
 
 
 # Measuring
@@ -197,6 +200,14 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, int]:
     return {"equal_sequences": equal, "equal_leading_tokens": sum(leading)}
 
 
+def beside(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Return how many times as fast ours was, as a whole and in pure decode steps."""
+    return {
+        "ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "decode_ratio": ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"],
+    }
+
+
 def show(system: str, found: dict[str, Any]) -> None:
     """Print one run."""
     print(
@@ -231,7 +242,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print every round, and the ratios within it."""
+    """Print every round, and the ratios within it to vLLM."""
     from pagedkv.cli.machine import machine, versions
     from pagedkv.cli.results import check_writable, write_result
     from pagedkv.device.weights import pull
@@ -252,16 +263,13 @@ def compare(options: argparse.Namespace) -> None:
         for system in systems:
             found[system] = measure(system, options)
             show(system, found[system])
-        if len(found) == 2:
-            ours, theirs = found["pagedkv"], found["vllm"]
-            same = agreement(ours.pop("tokens"), theirs.pop("tokens"))
-            kinds = ("tokens_per_second", "decode_tokens_per_second")
-            ratios = {kind: ours[kind] / theirs[kind] for kind in kinds}
+        tokens = {system: found[system].pop("tokens") for system in systems}
+        for system in sorted({*systems} - {"vllm"}) if "vllm" in found else ():
+            ratios = beside(found[system], found["vllm"])
+            same = agreement(tokens[system], tokens["vllm"])
+            found[system] |= ratios | {"agreement": same}
             whole, decode = ratios.values()
-            print(
-                f"  pagedkv / vllm {theirs['version']}: {whole:.2f}x, decode {decode:.2f}x, {same}"
-            )
-            found |= {"ratios": ratios, "agreement": same}
+            print(f"  {system} / vllm: {whole:.2f}x, decode {decode:.2f}x, {same}")
         rounds.append(found)
     settings = vars(options) | {"schema_version": 1, "versions": versions(), "machine": host}
     write_result(settings | {"workload": work, "rounds": rounds}, options.json)

@@ -1,0 +1,101 @@
+"""A packed output embedding: the same logits and tokens, or a refusal that changes nothing."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pagedkv import LLM, ConfigError, SamplingParams, UnsupportedBackend
+from pagedkv.device.meter import Meter
+from pagedkv.device.models import load_model
+from pagedkv.device.packing import PackedLinear, pack_lm_head
+from pagedkv.device.tiny import tiny_config
+
+PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
+
+
+def run(**fields):
+    """Serve the prompts; every step's logits and work, and all tokens."""
+    llm = LLM("tiny-random", block_size=8, num_blocks=64, **fields)
+    meter = Meter(llm.engine.executor)
+    forward, logits = llm.engine.executor.forward, []
+
+    def kept(plan):
+        drawn, observed = forward(plan)
+        logits.append(drawn.clone())
+        return drawn, observed
+
+    llm.engine.executor.forward = kept
+    llm.engine.executor = meter
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, n=2)
+    outputs = llm.generate(PROMPTS, params)
+    return [[each.token_ids for each in one.outputs] for one in outputs], logits, meter.steps
+
+
+def test_logits_tokens_and_counted_work_are_those_of_the_plain_model():
+    tokens, logits, work = run()
+    packed_tokens, packed_logits, packed_work = run(pack_lm_head=True)
+    assert packed_tokens == tokens
+    assert packed_work == work
+    for plain, packed in zip(logits, packed_logits, strict=True):
+        torch.testing.assert_close(packed, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_keeps_its_weights_and_their_names(dtype):
+    plain = load_model("tiny-random", dtype=dtype).model
+    packed = load_model("tiny-random", dtype=dtype, pack_lm_head=True).model
+    assert isinstance(packed.get_output_embeddings(), PackedLinear)
+    expected, found = plain.state_dict(), packed.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def tied():
+    config = tiny_config("tiny-random")
+    config.tie_word_embeddings = True
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def test_a_tied_embedding_stays_tied_and_no_rows_are_fine():
+    model = tied()
+    tokens = torch.tensor([[1, 2, 3]])
+    expected = model(tokens).logits
+    pack_lm_head(model, "tied")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=0)
+    none = torch.tensor([], dtype=torch.int64)
+    assert model(tokens, logits_to_keep=none).logits.shape == (1, 0, model.config.vocab_size)
+
+
+def wrong(input, packed, bias, *rest):
+    return input.new_ones(*input.shape[:-1], packed.shape[0])
+
+
+def missing(*arguments):
+    raise NotImplementedError("no such kernel\nin this build")
+
+
+@pytest.mark.parametrize(
+    ("product", "word"), [(wrong, "is off by"), (missing, "no such kernel ?[)]")]
+)
+def test_a_product_that_is_wrong_or_missing_is_refused(monkeypatch, product, word):
+    model = tied()
+    head = model.get_output_embeddings()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    with pytest.raises(UnsupportedBackend, match=word):
+        pack_lm_head(model, "tied")
+    assert model.get_output_embeddings() is head
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = tied()
+    model.set_output_embeddings(torch.nn.Identity())
+    with pytest.raises(UnsupportedBackend, match="Identity"):
+        pack_lm_head(model, "odd")
+
+
+def test_a_loaded_model_is_not_packed_behind_its_owners_back():
+    loaded = load_model("tiny-random")
+    with pytest.raises(ConfigError, match="load_model"):
+        LLM(loaded, pack_lm_head=True)
+    assert not isinstance(loaded.model.get_output_embeddings(), PackedLinear)
