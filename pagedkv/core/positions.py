@@ -11,15 +11,18 @@ __all__ = ["place", "turns"]
 def place(batch: Batch) -> None:
     """Choose the positions that the next tokens of rotating rows are written at.
 
-    At a block boundary a sequence starts over from the number of tokens it still has, so
-    positions stay as small as its cache. Inside a block they go on: a block's keys are turned
-    as one.
+    They go on by one per token until, at a block boundary, they are twice as many as the sequence
+    still has tokens; there it starts over from those. So positions stay as small as its cache, and
+    blocks written between two such points want the same turn however many went before them: an
+    attention call for each would cost more than the attention. A block's keys are turned as one.
     """
     if batch.rotates is None:
         return
     table = batch.table
     at = batch.rows[batch.rotates & (table.num_computed[batch.at] % table.block_size == 0)]
-    table.next_position[at] = table.num_resident[:, at].max(axis=0, initial=0)
+    resident = table.num_resident[:, at].max(axis=0, initial=0)
+    far = table.next_position[at] >= 2 * resident
+    table.next_position[at[far]] = resident[far]
 
 
 def turns(batch: Batch, width: int) -> Int32 | None:

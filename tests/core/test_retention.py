@@ -493,12 +493,23 @@ def test_a_long_prompt_never_holds_more_than_budget_and_chunk(name, granularity)
     assert run.finished["1", 0].num_evicted_tokens >= 300 - chosen.tokens - chosen.chunk
 
 
-def test_positions_of_a_stream_stay_as_small_as_its_cache():
+def test_positions_of_a_stream_stay_within_twice_its_cache():
     config = make_config(16, model={"max_model_len": 64})
     request = make_request(1, 20, POLICIES["streaming"], max_tokens=700)
     run = Run(config, [request])
     assert len(run.finished["1", 0].token_ids) == 700
-    assert max(int(plan.positions.max()) for plan in run.plans) < 16 + 8 + SIZE
+    assert max(int(plan.positions.max()) for plan in run.plans) < 2 * (16 + 8) + SIZE
+
+
+def test_a_stream_turns_its_sinks_and_at_most_two_generations_of_blocks():
+    request = make_request(1, 20, POLICIES["streaming"], max_tokens=300)
+    run = Run(make_config(64, model={"max_model_len": 64}), [request])
+    turned = [plan for plan in run.plans if plan.turns is not None]
+    assert len(turned) > 200
+    for plan in turned:
+        used = -(-int(plan.num_resident[0, 0]) // SIZE)
+        changes = np.count_nonzero(np.diff(plan.turns[0, 0, :used]))
+        assert changes <= 2
 
 
 def test_streams_without_a_bound_end_at_the_models_length():
