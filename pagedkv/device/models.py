@@ -25,6 +25,7 @@ from pagedkv.device import packing
 from pagedkv.device.bridge import ATTENTION_NAME, AttentionStep, forward, progress_bars, register
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.probe import probe
+from pagedkv.device.substitutes import substitute
 from pagedkv.device.support import check_config
 from pagedkv.device.tiny import TINY_MODELS, byte_tokenizer, tiny_config, tiny_model
 from pagedkv.device.weights import KNOWN_MODELS, converted_gguf, pull
@@ -45,7 +46,8 @@ class LoadedModel:
 
     Attributes:
         model: A transformers causal language model in eval mode whose parameters need no gradient,
-            with `attn_implementation="pagedkv"`.
+            with `attn_implementation="pagedkv"`; on the CPU in fp32, some of its parts are
+            replaced by native code that computes the same (`substitutes`).
         tokenizer: Its tokenizer, or None if its files bring none.
         name: What it was asked for by.
         geometry: Its attention's shape.
@@ -128,7 +130,7 @@ def load_model(
 
 
 def _examined(network: Any, tokenizer: Any, name: str) -> LoadedModel:
-    """Put the parts together and let the probe fill the geometry in."""
+    """Put the parts together, let the probe fill the geometry in, and speed up what can be."""
     unknown = ModelGeometry(
         num_layers=0,
         num_query_heads=0,
@@ -143,7 +145,9 @@ def _examined(network: Any, tokenizer: Any, name: str) -> LoadedModel:
     )
     narrows = "logits_to_keep" in inspect.signature(network.forward).parameters
     loaded = LoadedModel(network, tokenizer, name, unknown, narrows)
-    return replace(loaded, geometry=probe(loaded))
+    loaded = replace(loaded, geometry=probe(loaded))
+    substitute(network, loaded.geometry)
+    return loaded
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from pagedkv.device.models import LoadedModel
 
@@ -12,10 +13,13 @@ __all__ = ["DenseStep", "greedy", "packed", "reference_logits", "reference_model
 
 
 def reference_model(loaded: LoadedModel, attn_implementation: str = "sdpa") -> Any:
-    """The same weights behind one of transformers' own attention functions."""
-    model = copy.deepcopy(loaded.model)
-    model.set_attn_implementation(attn_implementation)
-    return model
+    """The same weights in a model made anew: transformers' own attention, norms and rotations."""
+    config = copy.deepcopy(loaded.model.config)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    model.load_state_dict(loaded.model.state_dict(), assign=True)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def reference_logits(model: Any, token_ids: list[int]) -> Tensor:

@@ -1,0 +1,132 @@
+"""Parts of a transformers model that native code does instead, where it computes the same.
+
+Between its matrix products a model asks torch for many small operations. In a decode step each
+costs more in calls than in arithmetic. Two kinds of them are done natively on the CPU in fp32: RMS
+norms, and the rotation of queries and keys. Both are recognised by what they compute, on random
+numbers, and only then replaced, in this model and no other; whatever differs stays as it is.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pagedkv.device.geometry import ModelGeometry
+
+__all__ = ["substitute"]
+
+# What all transformers models with rotary positions call theirs, each in its own file.
+_ROTATION = "apply_rotary_pos_emb"
+_TOLERANCE = 1e-5
+_Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def native(x: Tensor) -> bool:
+    """Whether native code can have these numbers; a model may be moved after it was loaded."""
+    return type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def rotation(theirs: _Rotation) -> _Rotation:
+    """Return a rotation of queries and keys [1, heads, T, dim] by angles [1, T, 2 * pairs]."""
+    from pagedkv.device.cpu.rowwise import rotate
+
+    def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if not native(q):
+            return theirs(q, k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return ours
+
+
+def norm(epsilon: float) -> Callable[[Any, Tensor], Tensor]:
+    """Return a forward for RMS norm modules with this epsilon."""
+    from pagedkv.device.cpu.rowwise import rms_norm
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if not native(hidden_states):
+            out: Tensor = type(self).forward(self, hidden_states)
+            return out
+        return rms_norm(hidden_states, self.weight, epsilon)
+
+    return forward
+
+
+def substitute(model: Any, geometry: ModelGeometry) -> None:
+    """Replace what can be; does nothing but for fp32 on the CPU.
+
+    Raises:
+        UnsupportedBackend: The native code cannot be compiled here.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return
+    try:
+        from pagedkv.device.cpu import rowwise
+    except ImportError:  # without numba the model can be looked at, and not served
+        return
+    rowwise.get_ready()
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                _replace_norm(module)
+            elif isinstance(getattr(module, "layer_idx", None), int):
+                _replace_rotation(module, geometry)
+
+
+def _replace_norm(module: nn.Module) -> None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
+        return
+    if len([*module.parameters()]) > 1:
+        return
+    probe, ours = _noise(3, 1, len(weight)), norm(epsilon)
+    if _alike(lambda: (module(probe),), lambda: (ours(module, probe),)):
+        module.forward = MethodType(ours, module)
+
+
+def _replace_rotation(module: nn.Module, geometry: ModelGeometry) -> None:
+    """Give one attention module a forward that looks the name of its rotation up in ours."""
+    forward = type(module).forward
+    theirs = getattr(forward, "__globals__", {}).get(_ROTATION)
+    width = 2 * len(geometry.rope_frequencies[int(module.layer_idx)])  # type: ignore[arg-type]
+    if theirs is None or not width:
+        return
+    ours = rotation(theirs)
+    if not _same_rotation(theirs, ours, geometry, width):
+        return
+    assert isinstance(forward, FunctionType)
+    own = forward.__globals__ | {_ROTATION: ours}
+    copy = FunctionType(
+        forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(copy, module)
+
+
+def _same_rotation(theirs: _Rotation, ours: _Rotation, geometry: ModelGeometry, width: int) -> bool:
+    dim, tokens = geometry.head_dim, 5
+    query = _noise(1, tokens, geometry.num_query_heads, dim).transpose(1, 2)
+    key = _noise(1, tokens, geometry.num_kv_heads, dim).transpose(1, 2)
+    angles = _noise(1, tokens, width), _noise(1, tokens, width)
+    return _alike(lambda: theirs(query, key, *angles), lambda: ours(query, key, *angles))
+
+
+def _alike(
+    theirs: Callable[[], tuple[Tensor, ...]], ours: Callable[[], tuple[Tensor, ...]]
+) -> bool:
+    """Whether both give the same within rounding; false if theirs cannot be called so."""
+    try:
+        expected = theirs()
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    found = ours()
+    return len(expected) == len(found) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))

@@ -1,0 +1,93 @@
+"""What native code does in a model's place: the same numbers, only where they are the same."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_interleaved
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as rotate_part
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from pagedkv.device.cpu import rowwise
+from pagedkv.device.models import load_model
+from pagedkv.device.substitutes import rotation, substitute
+from tests.device.reference import reference_logits, reference_model
+
+ROTATED = ("tiny-random", "tiny-random-qwen2", "tiny-random-qwen3", "tiny-random-mistral")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 70])
+@pytest.mark.parametrize("tokens", [1, 5, 1500])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rotations_are_bit_for_bit_those_of_the_model(dim, tokens, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        query = noise(1, tokens, 9, dim).transpose(1, 2)
+        key = noise(1, 3, tokens, dim, seed=1)
+        for width, theirs in ((dim, apply_rotary_pos_emb), (dim // 2 // 2 * 2, rotate_part)):
+            angles = noise(1, tokens, width, seed=2), noise(1, tokens, width, seed=3)
+            expected = theirs(query, key, *angles)
+            assert all(map(torch.equal, expected, rotation(theirs)(query, key, *angles)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [7, 16, 576])
+@pytest.mark.parametrize("rows", [1, 700])
+def test_norms_are_those_of_the_model(size, rows):
+    norm = LlamaRMSNorm(size, eps=1e-5).requires_grad_(False)
+    norm.weight.copy_(noise(size))
+    x = 30 * noise(2, size, rows).transpose(1, 2)
+    ours = rowwise.rms_norm(x, norm.weight, 1e-5)
+    torch.testing.assert_close(ours, norm(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ROTATED)
+def test_models_that_norm_and_rotate_so_have_both_replaced(architecture):
+    model = load_model(architecture).model
+    norms = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert norms
+    assert all("forward" in vars(each) for each in [*norms, *attentions])
+    name, own = "apply_rotary_pos_emb", attentions[0].forward.__func__.__globals__
+    assert own[name] is not type(attentions[0]).forward.__globals__[name]
+
+
+def test_a_model_that_is_moved_later_goes_back_to_its_own():
+    plain = load_model("tiny-random", dtype="bfloat16")
+    moved = load_model("tiny-random")
+    for parameter in moved.model.parameters():  # not the rotary frequencies
+        parameter.data = parameter.data.bfloat16()
+    tokens = [5, 6, 7, 8]
+    expected = reference_logits(reference_model(plain), tokens)
+    moved.model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(reference_logits(moved.model, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("tiny-random-gpt2", "float32"), ("tiny-random", "bfloat16")]
+)
+def test_other_models_and_dtypes_stay_as_they_are(architecture, dtype):
+    model = load_model(architecture, dtype=dtype).model
+    assert not any("forward" in vars(each) for each in model.modules())
+
+
+def test_what_computes_something_else_is_left_alone(monkeypatch):
+    """Gemma's norm adds 1 to its weight; GLM pairs neighbours."""
+    loaded = load_model("tiny-random", dtype="bfloat16")
+    model = loaded.model.float()
+    attention = type(model.model.layers[0].self_attn)
+    monkeypatch.setitem(attention.forward.__globals__, "apply_rotary_pos_emb", rotate_interleaved)
+    model.model.norm = GemmaRMSNorm(192).requires_grad_(False)
+    model.model.layers[1].input_layernorm = nn.RMSNorm(192, eps=1e-6).requires_grad_(False)
+    substitute(model, loaded.geometry)
+    first, second = model.model.layers[:2]
+    assert "forward" not in vars(model.model.norm)
+    assert "forward" not in vars(first.self_attn)
+    assert "forward" in vars(first.input_layernorm)
+    assert "forward" in vars(second.input_layernorm)
