@@ -4,6 +4,7 @@ How much must stay free for those who run already is one of three small function
 careful: `greedy`, `optimistic`, `guaranteed`.
 """
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from pagedkv.eviction import Policy
 
 __all__ = ["Admission", "footprint", "reserved_ratio"]
 
+NO_HITS = np.empty(0, np.int32)
 FIRST_RATIO = 0.7
 LEAST_RATIO = 0.1
 DECAY_STEPS = 600
@@ -121,14 +123,12 @@ class Admission:
         if self._guaranteed:
             most = _limit(request, num_prompt, max_len) - 1
             what, need = "request", self._blocks(most, max_blocks) * width
-        pool, quota = self._manager.pool.num_blocks, self._tenants.quota_of(request.tenant)
-        if need > min(pool, quota):
-            owner = "pool has" if pool <= quota else f"tenant {request.tenant!r} may hold"
+        if need > self._tenants.most_blocks(request.tenant):
+            owner, remedy = self._tenants.bound(request.tenant)
             raise NeverFits(
-                f"the {what} needs {need} blocks of {size} tokens and the {owner} "
-                f"{min(pool, quota)}",
+                f"the {what} needs {need} blocks of {size} tokens and {owner}",
                 where=where,
-                remedy="shorten the prompt or raise cache.num_blocks",
+                remedy=f"shorten the prompt or {remedy}",
             )
 
     def _check_vocabulary(self, request: Request) -> None:
@@ -146,23 +146,24 @@ class Admission:
 
     def has_outgrown(self, seq: Sequence) -> bool:
         """Return whether a waiting sequence has come to need more than it could ever get."""
-        need = self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
-        most = self._manager.pool.num_blocks
-        return need > min(most, self._tenants.quota_of(seq.request.tenant))
+        return self._known(seq) > self._tenants.most_blocks(seq.request.tenant)
 
     def within_quota(self, seq: Sequence) -> bool:
-        """Return whether a sequence's tenant may hold the blocks that admission reserves for it."""
-        groups = self._manager.num_groups
+        """Return whether a sequence's tenant may hold the blocks that admission reserves for it.
+
+        One that has not outgrown the quota may enter if nothing else of its tenant's runs.
+        """
+        groups, table = self._manager.num_groups, self._table
         quota = self._tenants.quota_of(seq.request.tenant)
         if quota == NO_QUOTA:
             return True
-        table = self._table
         rows = np.flatnonzero((table.seq_id != FREE) & (table.tenant == seq.tenant_id))
-        held = int(table.num_blocks[:, rows].sum()) + self._manager.pledged_blocks(
-            table.running[table.tenant[table.running] == seq.tenant_id]
-        )
+        if not len(rows):
+            return True
+        running = table.running[table.tenant[table.running] == seq.tenant_id]
+        held = self._manager.num_distinct(rows) + self._manager.pledged_blocks(running)
         most = footprint(table.limit[rows] - 1, table.max_blocks[rows], self._manager.block_size)
-        now = held + self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
+        now = held + self._known(seq)
         ever = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
         own = self._blocks(ever, seq.max_blocks) * len(seq.group)
         return self._reserve(now, int(most.sum()) * groups + own, self.ratio) <= quota
@@ -196,9 +197,12 @@ class Admission:
             return 0, rows
         for tenant in np.unique(self._table.tenant[rows]).tolist():
             mine = rows[self._table.tenant[rows] == tenant]
-            held = int(self._table.num_blocks[:, mine].sum()) + self._manager.pledged_blocks(mine)
-            if held > self._tenants.quota[tenant]:
-                return held - int(self._tenants.quota[tenant]), mine
+            quota, pledged = int(self._tenants.quota[tenant]), self._manager.pledged_blocks(mine)
+            if int(self._table.num_blocks[:, mine].sum()) + pledged <= quota:
+                continue  # even if no block is shared
+            held = self._manager.num_distinct(mine) + pledged
+            if held > quota:
+                return held - quota, mine
         return 0, rows
 
     def num_to_push_back(self, seq: Sequence, hits: Int32, rows: Int32) -> int:
@@ -206,19 +210,23 @@ class Admission:
 
         0 if even all of them would not do.
         """
-        groups, limit = self._manager.num_groups, len(seq.group)
-        theirs, mine = self.reserved(), self._need(seq, hits)
-        need = self._reserve(mine.now, mine.ever, self.ratio)
-        need += self._reserve(theirs.now, theirs.ever, self.ratio)
-        need += int(self._config.scheduler.watermark * self._manager.pool.num_blocks)
+        running, mine = len(self._table.running), self._need(seq, hits)
+        spare = int(self._config.scheduler.watermark * self._manager.pool.num_blocks)
         if seq.num_preemptions:
-            need += len(self._table.running) * groups
-        free = len(self._table.free_rows)
-        owned = np.cumsum(self._kept_alone(rows))
-        for i in range(len(rows)):
-            if free + i + 1 >= limit and self._manager.pool.num_available + owned[i] >= need:
-                return i + 1
-        return 0
+            spare += running * self._manager.num_groups
+        need = self._reserve(mine.now, mine.ever, self.ratio) + spare
+        owned = np.append(0, np.cumsum(self._kept_alone(rows)))
+
+        def fits(count: int) -> bool:
+            available = self._manager.pool.num_available + int(owned[count])
+            if count == running:
+                return mine.now <= available
+            theirs = self.reserved(without=rows[:count])
+            return need + self._reserve(theirs.now, theirs.ever, self.ratio) <= available
+
+        counts = range(max(1, len(seq.group) - len(self._table.free_rows)), len(rows) + 1)
+        at = bisect_left(counts, True, key=fits)
+        return counts[at] if at < len(counts) else 0
 
     def _kept_alone(self, rows: Int32) -> Int64:
         """Return how many blocks each row is the only holder of: [N]."""
@@ -239,6 +247,7 @@ class Admission:
             now = int(blocks.sum())
         else:
             now = self._manager.missing_blocks(seq, hits) + self._own_blocks(seq)
+            now = min(now, self._as_before(seq))
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
         most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
@@ -251,6 +260,20 @@ class Admission:
         if len(seq.group) > 1 and not seq.policy.evicts:
             own -= (len(seq.group) - 1) * (seq.num_prompt // size) * groups
         return Need(now, own)
+
+    def _known(self, seq: Sequence) -> int:
+        """Return how many blocks a waiting sequence needs for what it knows, if none is found."""
+        if seq.swapped is not None:
+            return self._need(seq, NO_HITS).now
+        known = self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
+        return min(known, self._as_before(seq))
+
+    def _as_before(self, seq: Sequence) -> int:
+        """Return the most blocks that a preempted sequence can need again to go on.
+
+        What it forgot, or what slid out of its windows, it will have forgotten again.
+        """
+        return seq.held + self._manager.num_groups * len(seq.group)
 
     def _own_blocks(self, seq: Sequence) -> int:
         """Return the blocks that siblings need at once after they fork, beside the leader's.
@@ -266,11 +289,20 @@ class Admission:
     def _blocks_full(self, num_tokens: int) -> int:
         return num_tokens // self._manager.block_size * self._manager.num_groups
 
-    def reserved(self) -> Need:
-        """Return what sequences in rows may still take: for known tokens, and at the most."""
+    def reserved(self, without: Int32 | None = None) -> Need:
+        """Return what sequences in rows may still take: for known tokens, and at the most.
+
+        Args:
+            without: [N] Rows that are not counted.
+        """
         table, manager = self._table, self._manager
-        now = manager.pledged_blocks(table.running)
-        waits = (table.seq_id != FREE) & ~table.runs & (table.num_known > table.num_prompt)
+        taken = table.seq_id != FREE
+        running = table.running
+        if without is not None:
+            taken[without] = False
+            running = running[taken[running]]
+        now = manager.pledged_blocks(running)
+        waits = taken & ~table.runs & (table.num_known > table.num_prompt)
         if waits.any():  # beams that come back and have not forked yet
             own = np.minimum(
                 -(-table.num_known[waits] // manager.block_size), table.max_blocks[waits]
@@ -281,7 +313,7 @@ class Admission:
             )
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
-        rows = np.flatnonzero(table.seq_id != FREE).astype(np.int32)
+        rows = np.flatnonzero(taken).astype(np.int32)
         most = footprint(table.limit[rows] - 1, table.max_blocks[rows], manager.block_size)
         held = self._kept(rows)
         return Need(now, int(np.maximum(most - held, 0).sum()) + manager.num_copies(rows))

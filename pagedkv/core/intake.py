@@ -71,20 +71,25 @@ class Intake:
     def make_way(self, now: int) -> None:
         """Push back running sequences for a waiting one that is more urgent, if that lets it in.
 
-        Call it before the running ones are given their tokens.
+        It is the first whose tenant's quota lets it in as it is: pushing others back for one that
+        its own tenant's hold up would help nobody. Call it before the running ones are given their
+        tokens.
         """
         if self._limits.scheduling_policy != "priority" or not self._roster.waiting:
             return
-        seq = next(self._roster.waiting.order(now))
+        admission, waiting = self._admission, self._roster.waiting.order(now)
+        seq = next((each for each in waiting if admission.within_quota(each)), None)
+        if seq is None or admission.has_outgrown(seq):
+            return
         hits = self._manager.find_prefix(seq)
-        if self._admission.has_outgrown(seq) or self._admission.can_admit(seq, hits):
+        if admission.can_admit(seq, hits):
             return
         rows = self._table.running
         later = self._table.urgency[rows] > seq.urgency
         less = [self.sequence(row).request.priority > seq.request.priority for row in rows.tolist()]
         rows = rows[later & np.array(less, np.bool_)]
         order = rows[np.argsort(-self._table.urgency[rows], kind="stable")]
-        for row in order[: self._admission.num_to_push_back(seq, hits, order)].tolist():
+        for row in order[: admission.num_to_push_back(seq, hits, order)].tolist():
             if self._table.runs[row]:  # not gone already with the beam it moves with
                 self._pressure.push_back(self.sequence(row))
 

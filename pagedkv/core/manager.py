@@ -77,9 +77,18 @@ class BlockManager:
 
     def pledged_blocks(self, rows: Int32) -> int:
         """Return how many blocks rows still need for the tokens they already know."""
-        known = -(-self.table.num_known[rows] // self.block_size)
-        need = np.minimum(known, self.table.max_blocks[rows]) - self.table.num_blocks[:, rows]
-        return int(np.maximum(need, 0).sum())
+        table = self.table
+        # Of what was forgotten no more is needed.
+        tokens = table.num_resident[:, rows] + (table.num_known[rows] - table.num_computed[rows])
+        known = np.minimum(-(-tokens // self.block_size), table.max_blocks[rows])
+        return int(np.maximum(known - table.num_blocks[:, rows], 0).sum())
+
+    def num_distinct(self, rows: Int32 | Int64) -> int:
+        """Return how many blocks rows hold, those that several hold counted once."""
+        held = self.table.num_blocks[:, rows]
+        width = int(held.max(initial=0))
+        used = np.arange(width) < held[:, :, None]
+        return len(np.unique(self.table.block_table[:, rows, :width][used]))
 
     def admit(self, seq: Sequence, hits: Int32) -> None:
         """Let a bound sequence start from the blocks that `find_prefix` returned."""

@@ -124,6 +124,10 @@ class PrefixIndex:
             entries = np.concatenate([entries, rest[: gaps[0]] if len(gaps) else rest])
         return self._blocks_of(entries)
 
+    def blocks_of(self, hashes: Ids[bytes]) -> Int32:
+        """Return the blocks of hashes that can all be found: [N, num_groups]."""
+        return self._blocks_of(np.fromiter(self._find(hashes), np.int32, len(hashes)))
+
     def _find(self, hashes: Ids[bytes]) -> Iterator[int]:
         """Yield the entry of each hash, END if it is not known."""
         words, following, heads = self._words.data, self._next.data, self._heads.data

@@ -60,7 +60,7 @@ class Pressure:
             lacking: Blocks that lack.
             rows: The running rows that may be asked to give, in order of admission.
         """
-        freed = shrink(self._retention, lacking)
+        freed = shrink(self._retention, lacking, rows)
         if freed:
             self._totals.blocks_shrunk += freed
             return

@@ -51,10 +51,32 @@ class Publisher:
         groups = np.arange(table.num_groups)[:, None]
         blocks: Int32 = table.block_table[groups, row, block - gone].T
         fresh = self._index.insert_many(digests, blocks)
+        if len(fresh) < len(digests):
+            self._give_way(row, block - gone, digests, blocks)
         if self._pool.cached.order == "priority":
             self._pool.cached.stored(blocks[fresh], table.priority[row[fresh], None])
         if self.records:
             self._record(rows, first, counts, fresh)
+
+    def _give_way(self, rows: Int32, index: Int32, digests: list[bytes], blocks: Int32) -> None:
+        """Let sealed blocks whose content is findable elsewhere give way to those that hold it.
+
+        A chain is then found from its root for as long as one of its holders keeps its leaf.
+
+        Args:
+            rows: [N] Whose blocks were sealed.
+            index: [groups, N] Where they stand in their tables.
+            digests: [N] Their hashes, which can all be found.
+            blocks: [N, groups] The blocks.
+        """
+        found = self._index.blocks_of(digests)
+        double = (found != blocks).any(axis=1).nonzero()[0]
+        if not len(double):
+            return
+        self._pool.share(found[double].ravel())
+        self._pool.release(blocks[double].ravel(), np.zeros(blocks[double].size, np.bool_))
+        groups = np.arange(self._table.num_groups)[:, None]
+        self._table.block_table[groups, rows[double], index[:, double]] = found[double].T
 
     def digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
         """Return the hashes of the blocks ``first`` to ``end`` of each row, whose tokens are known.

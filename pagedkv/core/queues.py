@@ -31,8 +31,8 @@ def urgency(priority: int, step: int, ageing_steps: int) -> int:
 
 
 def by_arrival(seq: Sequence) -> Key:
-    """First come, first served."""
-    return seq.request.arrival, 0.0, seq.seq_id
+    """First come, first served: by the step, of one step's by the time their requests give."""
+    return seq.arrived, seq.request.arrival, seq.seq_id
 
 
 def by_urgency(seq: Sequence) -> Key:

@@ -262,6 +262,8 @@ class Sequence:
         max_prefix: The most tokens it may take from the prefix cache.
         evictions: The rounds that cost it blocks, by the tokens computed at that time.
         saved: Its scores at the last preemption, if it was evicting.
+        held: The blocks, over all tables, that it and all that moves with it held when it was
+            preempted with all its tokens computed.
         num_computed: The tokens that were computed when it last left its row.
         cumulative: Its log-probability as of then, if its request ranks by that.
         num_scored: The most that were ever computed when it left: the prompt tokens up to there
@@ -275,6 +277,7 @@ class Sequence:
         "evictions",
         "fork_at",
         "hashes",
+        "held",
         "index",
         "max_blocks",
         "max_len",
@@ -323,6 +326,7 @@ class Sequence:
         self.saved: SavedScores | None = None
         self.hashes: list[bytes] = []
         self.num_cached_tokens = 0
+        self.held = UNBOUNDED
         self.num_computed = 0
         self.num_preemptions = 0
         self.num_scored = 0

@@ -352,12 +352,12 @@ class Retention:
             if gone.any():
                 self.forget(chosen, self.view(chosen, one), one, gone)
 
-    def elastic(self) -> list[tuple[Policy, Int32]]:
-        """Return the running rows that can be made to forget blocks, by policy.
+    def elastic(self, rows: Int32) -> list[tuple[Policy, Int32]]:
+        """Return those of running rows that can be made to forget blocks, by policy.
 
         None that replays, and none that ranks tokens: packing what it keeps may take blocks.
         """
-        table, rows = self._table, self._table.running
+        table = self._table
         rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
         found = self._by_policy(Batch(table, rows, rows))
         return [(p, rows[at]) for p, at in found if p.adaptive and p.unit == "block"]

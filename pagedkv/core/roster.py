@@ -11,6 +11,7 @@ from pagedkv.core.queues import WaitingQueue
 from pagedkv.core.request import Certificate, FinishedSequence, Sequence, Status
 from pagedkv.core.retention import Retention
 from pagedkv.core.stats import Totals
+from pagedkv.core.tenants import Tenants
 from pagedkv.core.tiers import HostTier
 from pagedkv.errors import NeverFits
 
@@ -36,11 +37,17 @@ class Roster:
     """
 
     def __init__(
-        self, retention: Retention, tier: HostTier, waiting: WaitingQueue, totals: Totals
+        self,
+        retention: Retention,
+        tier: HostTier,
+        waiting: WaitingQueue,
+        tenants: Tenants,
+        totals: Totals,
     ) -> None:
         self._manager = retention.manager
         self._retention = retention
         self._tier = tier
+        self._tenants = tenants
         self._totals = totals
         self._table = retention.table
         self.beams = Beams(retention.manager, retention.certificate)
@@ -138,8 +145,10 @@ class Roster:
                 evicted, the same rounds are held again.
         """
         seq, party = seq.leader, seq.party
-        for member in self._started(party):
+        started = self._started(party)
+        for member in started:
             self._retention.save(member)
+        self._note_held(seq, started)
         if swap:
             self._tier.swap_out(self._manager, seq)
             self._totals.num_swapped_out += 1
@@ -152,6 +161,12 @@ class Roster:
             seq.siblings, seq.fork_at = party[1:], _num_shared(party)
         self._totals.num_preemptions += 1
         self.waiting.push(seq)
+
+    def _note_held(self, leader: Sequence, started: list[Sequence]) -> None:
+        """Remember how many blocks a party held, if it had computed all that it knew."""
+        table, rows = self._table, np.array([member.row for member in started], np.int32)
+        if (table.num_known[rows] - table.num_computed[rows] <= 1).all():
+            leader.held = int(table.num_blocks[:, rows].sum())
 
     def _started(self, party: list[Sequence]) -> list[Sequence]:
         """Return those that run, and do not wait for their leader."""
@@ -174,13 +189,13 @@ class Roster:
             member.row = -1
 
     def fail_outgrown(self, seq: Sequence) -> None:
-        """End a sequence that the whole pool can no longer hold."""
-        pool = self._manager.pool
+        """End a sequence that the whole pool, or its tenant's part of it, can no longer hold."""
         self._totals.num_failed += 1
+        owner, remedy = self._tenants.bound(seq.request.tenant)
         error = NeverFits(
-            f"it has outgrown the pool of {pool.num_blocks} blocks of {self._manager.block_size}",
+            f"it has outgrown the pool: {owner} blocks of {self._manager.block_size}",
             where=f"request {seq.request.request_id!r}",
-            remedy="lower max_tokens or raise cache.num_blocks",
+            remedy=f"lower max_tokens or {remedy}",
         )
         self.finished += self.end(seq, "error", error=str(error))
 

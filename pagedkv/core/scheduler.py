@@ -53,7 +53,7 @@ class Scheduler:
         self.tier = HostTier(self.config.cache.num_cpu_blocks)
         self._totals = Totals()
         waiting = make_queue(limits, self.manager, self.tenants)
-        self._roster = Roster(self.retention, self.tier, waiting, self._totals)
+        self._roster = Roster(self.retention, self.tier, waiting, self.tenants, self._totals)
         self._beams = self._roster.beams
         usual = least_urgent if limits.scheduling_policy == "priority" else last_admitted
         self._pressure = Pressure(

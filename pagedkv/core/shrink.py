@@ -9,7 +9,7 @@ from pagedkv.eviction import Policy, protect
 __all__ = ["shrink"]
 
 
-def shrink(retention: Retention, need: int) -> int:
+def shrink(retention: Retention, need: int, rows: Int32) -> int:
     """Free blocks by eviction from running sequences with an adaptive budget.
 
     The blocks that go are those with the least attention mass over all such sequences; sinks,
@@ -18,25 +18,27 @@ def shrink(retention: Retention, need: int) -> int:
 
     Args:
         need: Blocks that lack.
+        rows: [N] Whose may go.
 
     Returns:
         How many blocks became available, ``need`` at most.
     """
     candidates = [
-        (chosen, rows, _candidates(retention, chosen, rows)) for chosen, rows in retention.elastic()
+        (chosen, mine, _candidates(retention, chosen, mine))
+        for chosen, mine in retention.elastic(rows)
     ]
     if not candidates or need <= 0:
         return 0
-    mass = np.concatenate([mass.ravel() for _, _, mass in candidates])
-    lightest = np.argsort(mass, kind="stable")[:need]
-    taken: Bool = np.zeros(len(mass), np.bool_)
-    taken[lightest[np.isfinite(mass[lightest])]] = True
+    masses = np.concatenate([mass.ravel() for _, _, mass in candidates])
+    lightest = np.argsort(masses, kind="stable")[:need]
+    taken: Bool = np.zeros(len(masses), np.bool_)
+    taken[lightest[np.isfinite(masses[lightest])]] = True
     sizes = np.cumsum([mass.size for _, _, mass in candidates])[:-1]
-    for (chosen, rows, mine), part in zip(candidates, np.split(taken, sizes), strict=True):
-        gone = part.reshape(mine.shape)
+    for (chosen, mine, mass), part in zip(candidates, np.split(taken, sizes), strict=True):
+        gone = part.reshape(mass.shape)
         if gone.any():
-            retention.forget(chosen, retention.view(chosen, rows), rows, gone)
-            for row in rows[gone.any(axis=(0, 2))].tolist():
+            retention.forget(chosen, retention.view(chosen, mine), mine, gone)
+            for row in mine[gone.any(axis=(0, 2))].tolist():
                 seq = retention.table.sequences[row]
                 assert seq is not None
                 seq.num_shrinks += 1

@@ -30,6 +30,7 @@ class Tenants:
 
     def __init__(self, entries: tuple[str, ...], num_blocks: int) -> None:
         self.closed = bool(entries)
+        self._num_blocks = num_blocks
         self._ids: dict[str, int] = {}
         quotas: list[int] = []
         for entry in entries:
@@ -63,11 +64,23 @@ class Tenants:
         """Return the most blocks a tenant's running sequences may hold."""
         return int(self.quota[self._ids[name]]) if name in self._ids else NO_QUOTA
 
+    def most_blocks(self, name: str) -> int:
+        """Return the most blocks that a tenant's sequences could have: its quota's, or all."""
+        return min(self.quota_of(name), self._num_blocks)
+
+    def bound(self, name: str) -> tuple[str, str]:
+        """Return in words what bounds that, and what to do about it."""
+        if self.quota_of(name) < self._num_blocks:
+            return f"tenant {name!r} may hold {self.quota_of(name)}", "raise its quota"
+        return f"the pool has {self._num_blocks}", "raise cache.num_blocks"
+
     def welcome(self, name: str, at_work: Collection[int]) -> int:
         """Return a tenant's number when it sends a request.
 
-        One that had nothing in work is lifted to the least served of those that have: what was
-        not asked for while idle is not saved up.
+        One that had nothing in work is lifted to what those that have were served on average:
+        what was not asked for while idle is not saved up. Lifted to the least of them, as the
+        virtual token counter has it, tenants that come and go could all start below one that
+        stays, and starve it.
 
         Args:
             at_work: Numbers of the tenants with requests in work.
@@ -78,8 +91,8 @@ class Tenants:
             self.served = np.append(self.served, 0)
         number = self._ids[name]
         if at_work and number not in at_work:
-            least = min(int(self.served[other]) for other in at_work)
-            self.served[number] = max(int(self.served[number]), least)
+            mean = -(-int(self.served[list(at_work)].sum()) // len(at_work))
+            self.served[number] = max(int(self.served[number]), mean)
         return number
 
     def charge(self, tenants: Int32, tokens: Int32 | int) -> None:

@@ -116,7 +116,14 @@ class NaiveBlocks:
                 continue
             for i in range(before // self.block_size, self.computed[name] // self.block_size):
                 key = self.key(self.tokens[name], self.salts[name], i)
-                self.entries.setdefault(key, [table[i] for table in self.tables[name]])
+                own = [table[i] for table in self.tables[name]]
+                found = self.entries.setdefault(key, own)
+                if found == own:
+                    continue
+                for table, block in zip(self.tables[name], found, strict=True):
+                    table[i] = block
+                self.cached = [block for block in self.cached if block not in found]
+                self.blank += [block for block in own if not self.refs(block)]
 
     def fork(self, name, child, tokens):
         self.tables[child] = [list(table) for table in self.tables[name]]

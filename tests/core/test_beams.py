@@ -386,3 +386,11 @@ def test_a_step_without_beams_asks_only_whether_there_are_any():
 
     assert entered(1) == entered(8)
     assert set(entered(1)) == {"__bool__", "check"}
+
+
+def test_blocks_that_beams_share_count_once_against_a_quota():
+    driver = BeamDriver(make_config(4, 64, tenants=("a=16",)))
+    searches = replace(make_request("x", 24, max_tokens=4, beam_width=4), tenant="a")
+    driver.run(searches)
+    assert driver.peak <= 16
+    assert driver.finished["x", 0].finish_reason == "length"

@@ -20,13 +20,29 @@ def table_of(manager, row, g=0):
     return manager.table.block_table[g, row, : manager.table.num_blocks[g, row]].tolist()
 
 
-def test_equal_prompts_computed_at_once_keep_their_own_blocks_and_the_first_is_found():
+def test_equal_prompts_computed_at_once_share_the_first_row_s_full_blocks():
     manager = make_manager(8)
     admit(manager, 0, [1, 2, 3])
     admit(manager, 1, [1, 2, 3])
     compute(manager, {0: 3, 1: 3})
-    assert table_of(manager, 0)[0] != table_of(manager, 1)[0]
+    assert table_of(manager, 0)[0] == table_of(manager, 1)[0]
+    assert table_of(manager, 0)[1] != table_of(manager, 1)[1]
+    assert manager.pool.num_held == 3
     assert admit(manager, 2, [1, 2, 3]).tolist() == [[table_of(manager, 0)[0]]]
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_a_block_gives_way_to_a_cached_one_of_the_same_content(num_groups):
+    manager = make_manager(8 * num_groups, num_groups=num_groups)
+    admit(manager, 0, [1, 2, 3])
+    admit(manager, 1, [1, 2, 3])
+    compute(manager, {0: 3})
+    manager.release(np.array([0], np.int32))
+    cached = manager.pool.num_cached
+    compute(manager, {1: 3})
+    assert (cached, manager.pool.num_cached) == (num_groups, 0)
+    assert manager.pool.num_held == 2 * num_groups
+    manager.audit()
 
 
 def test_of_equal_blocks_the_first_row_s_wins_however_many_each_row_computes():
@@ -93,7 +109,7 @@ def test_forks_that_write_at_once_copy_one_block_less_than_there_are_writers(num
     compute(manager, {0: 3})
     shared = table_of(manager, 0)[-1]
     for child in range(1, num_forks + 1):
-        manager.table.bind(bind(manager, child, [1, 2, 3, 4]), child, [])
+        manager.table.bind(bind(manager, child, [1, 2, 3, 4 + child]), child, [])
         manager.fork(0, np.array([child], np.int32))
         manager.table.start(child)
     copies = compute(manager, dict.fromkeys(range(num_forks + 1), 1))

@@ -71,7 +71,7 @@ def test_a_storm_with_a_host_tier_changes_no_answer(seed, granularity):
         )
         for i in range(8)
     ]
-    config = evicting_config(13 * groups, granularity, caching=True, max_num_batched_tokens=24)
+    config = evicting_config(8 * groups, granularity, caching=True, max_num_batched_tokens=24)
     arrivals = {i: rng.randrange(12) for i in range(8)}
     run = Run(with_host(config, 14 * groups), requests, arrivals=arrivals, aborts={3: 20})
     stats = run.scheduler.stats()
@@ -214,17 +214,17 @@ def test_blocks_with_the_least_mass_of_all_sequences_go_and_never_below_a_floor(
     before = {row: table.block_table[0, row, : table.num_blocks[0, row]].tolist() for row in rows}
     mass = {block: table.mass[0, row, i] for row in rows for i, block in enumerate(before[row])}
     free = [block for row in rows for block in before[row][1:-2]]
-    assert shrink(scheduler.retention, 4) == 4
+    assert shrink(scheduler.retention, 4, rows) == 4
     after = {
         block for row in rows for block in table.block_table[0, row, : table.num_blocks[0, row]]
     }
     gone = set(mass) - after
     assert gone <= set(free)
     assert gone == set(sorted(free, key=mass.__getitem__)[:4])
-    shrink(scheduler.retention, 1000)
+    shrink(scheduler.retention, 1000, rows)
     assert (table.num_resident[0, rows] >= 16).all()
     assert (table.num_resident[0, rows] < 20).all()
-    assert shrink(scheduler.retention, 1000) == 0
+    assert shrink(scheduler.retention, 1000, rows) == 0
     service.run()
 
 
@@ -237,7 +237,8 @@ def test_what_a_shrunk_sequence_was_made_to_forget_it_forgets_again_in_a_replay(
         class Watched(Run):
             def step(self):
                 if len(self.plans) == 13:
-                    assert shrink(self.scheduler.retention, 2) == 2
+                    rows = self.scheduler.table.running
+                    assert shrink(self.scheduler.retention, 2, rows) == 2
                     seen.append(int(self.scheduler.table.num_computed[0]))
                 if len(self.plans) == 17 and preempt:
                     self.scheduler._roster.preempt(self.scheduler.sequence(0))
@@ -376,3 +377,25 @@ def test_nothing_livelocks(policy_name, admission):
     if admission == "greedy":
         assert stats.num_swapped_in > 0
         assert stats.blocks_shrunk > 0
+
+
+@pytest.mark.parametrize("host", [0, 64])
+@pytest.mark.parametrize("eviction", [None, "sinks=4 + recent=4 + score=lift + ratio=0.6"])
+def test_what_runs_alone_to_its_end_does_so_after_others_pushed_it_back(eviction, host):
+    """It has known more tokens than the pool has room for, and holds far fewer."""
+    model = {"num_layers": 2, "sliding_window": (8, 0)} if eviction is None else None
+    pool = 48 if eviction is None else 32
+    config = with_host(make_config(4, pool, model=model, prefix_caching=False), host)
+
+    def serve(*requests):
+        service = Service(config).add(*requests)
+        service.run()
+        return {name: end for (name, _), end in service.finished.items()}
+
+    second = make_request("second", [2] * 60, max_tokens=70 if eviction is None else 90)
+    second = msgspec.structs.replace(second, eviction=eviction)
+    alone = serve(second)["second"]
+    ends = serve(make_request("first", [1] * 4, max_tokens=110), second)
+    assert ends["second"].num_preemptions > 0
+    assert ends["second"].finish_reason == alone.finish_reason == "length"
+    assert ends["second"].token_ids == alone.token_ids

@@ -33,6 +33,15 @@ def test_equals_go_by_arrival_and_then_by_the_order_they_were_added():
     assert order_of_ends(service.run()) == ["first", "second", "third"]
 
 
+def test_an_earlier_arrival_passes_those_of_its_own_step_alone():
+    """So nobody waits for ever behind requests that give earlier times, or none."""
+    service = Service(one_at_a_time("fcfs"))
+    service.add(request("runs", max_tokens=4), request("late", arrival=10.0))
+    service.step()
+    service.add(request("later", arrival=2.0), request("first of those", arrival=1.0))
+    assert order_of_ends(service.run()) == ["runs", "late", "first of those", "later"]
+
+
 # Priority
 
 
@@ -59,10 +68,23 @@ def test_a_waiting_request_pushes_back_less_urgent_ones_and_no_more_of_them_than
     driver.step()
     driver.add(request("urgent", [9] * 12, priority=-1, max_tokens=2))
     driver.step()
-    assert driver.plans[-1].seq_ids.tolist() == [0, 1, 4]
+    assert driver.plans[-1].seq_ids.tolist() == [0, 1, 2, 4]
     driver.run()
     preempted = {name: end.num_preemptions for (name, _), end in driver.finished.items()}
-    assert preempted == {"r0": 0, "r1": 0, "r2": 1, "r3": 1, "urgent": 0}
+    assert (preempted["r0"], preempted["r1"], preempted["r3"], preempted["urgent"]) == (0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("admission", ["greedy", "optimistic", "guaranteed"])
+def test_what_was_reserved_for_those_pushed_back_is_not_held_against_the_urgent_one(admission):
+    config = make_config(4, 30, scheduling_policy="priority", admission=admission)
+    service = Service(config)
+    service.add(request("low", [1] * 20, priority=10, max_tokens=90))
+    service.step()
+    service.add(request("urgent", [2] * 40, priority=-10, max_tokens=20))
+    plan = service.step()
+    assert 1 in plan.seq_ids
+    service.run()
+    assert service.ended_at["urgent"] < service.ended_at["low"]
 
 
 @pytest.mark.parametrize("priority", [0, 1])
@@ -271,3 +293,20 @@ def test_whatever_others_send_a_request_is_served_within_a_bound(policy, skips, 
     assert service.finished["victim", 0].finish_reason == "length"
     # 61 before it at 2 a step, 4 levels of 8 steps each, and the ends of those that run.
     assert service.ended_at["victim"] - added < 300
+
+
+def test_tenants_that_come_and_go_do_not_starve_one_that_stays():
+    service = Service(make_config(4, 64, scheduling_policy="fair", max_num_seqs=2))
+    service.add(*(request(f"heavy{i}", 8, tenant="heavy", max_tokens=8) for i in range(20)))
+    passers = 0
+    for _ in range(2500):
+        while service.scheduler.stats().num_waiting < 6 + sum(
+            f"heavy{i}" not in service.ended_at for i in range(20)
+        ):
+            service.add(request(f"p{passers}", 8, tenant=f"passer{passers}", max_tokens=4))
+            passers += 1
+        service.step()
+        if "heavy19" in service.ended_at:
+            break
+    # Twenty requests of nine steps each, an eighth of two rows, and as long again to catch up.
+    assert service.ended_at["heavy19"] < 2000

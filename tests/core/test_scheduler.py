@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pagedkv import NeverFits
-from tests.core.fakes import Driver, make_config, make_request
+from tests.core.fakes import VOCAB, Driver, make_config, make_request
 
 
 def counts(plan):
@@ -316,7 +316,7 @@ def test_a_lone_request_that_outgrows_the_pool_ends_and_the_others_go_on():
     )
     endless, modest = driver.finished["endless", 0], driver.finished["modest", 0]
     assert endless.finish_reason == "error"
-    assert "outgrown the pool of 5 blocks of 4" in endless.error
+    assert "outgrown the pool: the pool has 5 blocks of 4" in endless.error
     assert "num_blocks" in endless.error
     assert len(endless.token_ids) == 12, "20 tokens fit, one more was drawn"
     assert endless.num_preemptions == 0, "it must not preempt itself"
@@ -392,3 +392,16 @@ def test_a_sequence_can_be_stopped_while_its_next_token_is_computed_or_while_it_
     driver.run()
     assert list(driver.finished) == [("first", 0)]
     assert stats(driver).blocks_held == 0
+
+
+def test_a_chat_is_found_again_though_another_computed_its_prompt_at_the_same_time():
+    driver = Driver(make_config(4, 22))
+    prompt = [7] * 4 + [8] * 4 + [9] * 4 + [1]
+    driver.run(
+        make_request("a", prompt, max_tokens=1),
+        make_request("b", prompt, max_tokens=24, seed=5),
+    )
+    driver.run(make_request("large", [i % VOCAB for i in range(50)], max_tokens=1))
+    said = prompt + driver.finished["b", 0].token_ids
+    driver.run(make_request("again", said, max_tokens=1))
+    assert driver.finished["again", 0].num_cached_tokens >= len(said) // 4 * 4 - 4
