@@ -188,7 +188,7 @@ OPERATORS = (
         _always(GatheredOp),
         GatheredOp.NAME,
         _NARROW,
-        (torch.int8,),
+        (torch.int8, INT4),
         1,
         _EIGHTS,
         _cuda_obstacle,

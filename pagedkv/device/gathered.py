@@ -9,7 +9,7 @@ import torch
 from .bias import Send
 from .library import attn_bias as masks
 from .library import fmha
-from .quantize import dequantize
+from .quantize import dequantize, row_words
 from .tiled import TiledOp, query_sequences
 from .tiles import Tiles
 
@@ -28,13 +28,18 @@ class _Gathered:
 class GatheredOp(TiledOp):
     """Copies each sequence's blocks to one place, then attends by an ordinary operator.
 
-    Any block size, head sizes that are a multiple of 8 up to 256, and keys in 8 bits, which are
-    widened on the way. Every layer of every step copies all keys and values that it reads.
+    Any block size, head sizes that are a multiple of 8 up to 256, and keys in 8 or 4 bits, which
+    are widened on the way. Every layer of every step copies all keys and values that it reads.
     """
 
     NAME = "pagedkv_gathered"
     KERNEL: ClassVar[Any] = None  # whichever xformers thinks best
     MOST_QUERIES = 2**31 - 1
+
+    @classmethod
+    def packed_rows(cls, head_dim: int) -> set[int]:
+        """Return the lengths of packed rows that it reads: of 8 bits and of 4."""
+        return {row_words(head_dim), row_words(head_dim, bits=4)}
 
     @classmethod
     def not_supported_reasons(cls, d: Any) -> list[str]:

@@ -85,6 +85,11 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         return {row_words(head_dim)}
 
     @classmethod
+    def by_slot(cls) -> type["PagedOp"]:
+        """Return the operator for the same keys where each slot is a block of its own."""
+        return cls
+
+    @classmethod
     def get_ready(cls, keys: torch.Tensor, computed: torch.dtype, heads: int, dim: int) -> None:
         """Compile what steps over these keys need, now and not in the first step.
 

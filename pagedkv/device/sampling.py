@@ -178,7 +178,7 @@ def _drawn(x: Tensor, peak: Tensor, batch: SamplingBatch, rows: _Index) -> Int32
             draw = _Draw.of(batch, rows[member], vocab, x.device)
             own = _rows_of(x, rows[member])
             y = _below_peak(own, _rows_of(peak, rows[member]), draw.temperature)
-            out[member] = draw_tokens(y, draw, vocab).cpu().numpy()
+            out[member] = fetch(draw_tokens(y, draw, vocab))
     return out
 
 

@@ -52,7 +52,7 @@ def token_pass(
         members=np.arange(len(members), dtype=np.int32),
         first_query=(first - skipped).astype(np.int32),
     )
-    listening = Pass(narrowed, [heard], 1, geometry, layout, operator, send)
+    listening = Pass(narrowed, [heard], 1, geometry, layout, operator.by_slot(), send)
     return listening, send(tokens.astype(np.int64))
 
 

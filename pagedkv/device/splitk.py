@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from .bias import Send, read
+from .gathered import GatheredOp
 from .library import attn_bias as masks
 from .library import common, triton_splitk
+from .operators import PagedOp
 from .quantize import row_words
 from .tiled import TiledOp, query_sequences
 from .tiles import Tiles
@@ -32,6 +34,11 @@ class SplitKPagedOp(TiledOp):
     def packed_rows(cls, head_dim: int) -> set[int]:
         """Return the lengths of packed rows that it reads: of 4 bits."""
         return {row_words(head_dim, bits=4)}
+
+    @classmethod
+    def by_slot(cls) -> type[PagedOp]:
+        """Return the operator that gathers: single slots are no tiles of keys."""
+        return GatheredOp
 
     @classmethod
     def not_supported_reasons(cls, d: Any) -> list[str]:

@@ -8,6 +8,8 @@ Without a GPU the same kernels run under Triton's interpreter, in `test_cuda_ope
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,20 +86,15 @@ class TiledOp(PagedOp):
         send = sender(keys.device)
         bias = PagedBias.build(_ONE_QUERY, _ONE_KEY, _BLOCK_0, keys.shape[1], send=send)
         query = torch.zeros((1, heads, dim), dtype=computed, device=keys.device)
-        try:
+        with _typed(cls.NAME):
             paged_attention(query, keys, keys, bias, op=cls).cpu()  # which waits for it
-        except Exception as error:  # Triton and xformers raise whatever their compilers do
-            text = str(error).strip() or type(error).__name__
-            raise UnsupportedBackend(
-                f"{cls.NAME} was tried and refused: its kernel cannot be compiled or run "
-                f"({text.splitlines()[0]:.200})",
-                where="device.operators",
-                remedy="use device cpu, or see `pagedkv env` for what is installed",
-            ) from error
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
         """Run attention; returns (out, Context(out, lse)).
+
+        Raises:
+            UnsupportedBackend: A kernel cannot be compiled or run.
 
         Cost: one launch for each length of tile; one more for block lse, which reads every block
         again for every query.
@@ -126,7 +123,8 @@ class TiledOp(PagedOp):
         """One launch: fp32 out [1, N, G, H, D] and lse [G * H, N] of the N real queries."""
         _, _, groups, heads, dim = q.shape
         asked = q.index_select(1, launch.queries)
-        out, lse = cls.launch(asked, k, v, launch.mask, scale)
+        with _typed(cls.NAME):  # a shape that comes for the first time is compiled now
+            out, lse = cls.launch(asked, k, v, launch.mask, scale)
         out = out.reshape(1, -1, groups, heads, dim)[:, : launch.num_real].float()
         return out, lse.reshape(groups * heads, -1)[:, : launch.num_real].float()
 
@@ -143,6 +141,23 @@ class TiledOp(PagedOp):
         prepared["tiles"] = [launch(cut) for cut in tiles(batch, cls.MOST_QUERIES)]
         if getattr(bias, "want_block_lse", False):
             prepared["pairs"] = launch(pairs(batch))
+
+
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    """Name the operator in whatever Triton, xformers and their compilers raise."""
+    try:
+        yield
+    except UnsupportedBackend:
+        raise
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        raise UnsupportedBackend(
+            f"{name} was tried and refused: its kernel cannot be compiled or run "
+            f"({text.splitlines()[0]:.200})",
+            where="device.operators",
+            remedy="use device cpu, or see `pagedkv env` for what is installed",
+        ) from error
 
 
 def query_sequences(cut: Tiles, send: Send) -> Any:

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from pagedkv.device.splitk import splitk_op
 from pagedkv.device.tiled import TiledOp
 
 __all__ = ["NAME", "Crossings", "Launcher", "fake_device", "moved", "unknown", "zeros_for"]
@@ -64,23 +63,29 @@ class Crossings(TorchDispatchMode):
 class Launcher:
     """Stands in for a kernel: checks where its inputs lie, and answers without having run."""
 
-    BLOCK_N = 16
+    BLOCK_N, NAME = 16, "launcher"
 
     def __init__(self) -> None:
         self.launches = 0
 
+    def not_supported_reasons(self, inp: Any) -> list[str]:
+        return []
+
     def apply(self, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
         mask = inp.attn_bias
-        tensors = (inp.query, inp.key, inp.value, mask.k_seqinfo.seqlen, mask.block_tables)
+        tensors = [inp.query, inp.key, inp.value, mask.k_seqinfo.seqlen, mask.q_seqinfo.seqstart]
+        tensors += [mask.block_tables] if hasattr(mask, "block_tables") else []
         assert {x.device.type for x in tensors} == {NAME}
+        assert inp.query.shape[2:] == inp.key.shape[2:] or inp.key.dtype == torch.int32
         self.launches += 1
         out = torch.empty_like(inp.query)
         lse = out.new_empty((1, *inp.query.shape[2:-1], inp.query.shape[1]), dtype=torch.float32)
         return out, type("Context", (), {"lse": lse})
 
-    def operator(self) -> type[TiledOp]:
-        """The operator for CUDA, launching this."""
-        return type("There", (splitk_op(16),), {"SUPPORTED_DEVICES": {NAME}, "KERNEL": self})
+    def operator(self, kind: type[TiledOp]) -> type[TiledOp]:
+        """An operator for CUDA, launching this; its own tests compile its kernel."""
+        instead = {"SUPPORTED_DEVICES": {NAME}, "KERNEL": self, "get_ready": lambda *_: None}
+        return type("There", (kind,), instead)
 
 
 def moved(network: torch.nn.Module) -> None:

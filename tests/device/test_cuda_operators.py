@@ -106,6 +106,12 @@ def test_block_sizes(make: Make, block_size: int, dim: int) -> None:
     agree(make, Case([(1, 50), (5, 70)], block_size=block_size, dim=dim))
 
 
+def test_single_slots() -> None:
+    """What policies that rank tokens listen with."""
+    assert interpreted(16).by_slot().NAME == gathered(16).NAME
+    agree(gathered, Case([(1, 9), (2, 12)], block_size=1))
+
+
 @BOTH
 def test_many_query_heads_share_a_key(make: Make) -> None:
     agree(make, Case([(2, 19), (1, 30)], kv_heads=1, group=9))
@@ -127,9 +133,11 @@ def test_sequences_that_see_nothing(make: Make) -> None:
     agree(make, Case([(1, 0), (2, 1), (1, 18)]))
 
 
-@pytest.mark.parametrize(("make", "pack"), [(interpreted, quantize4), (gathered, quantize)])
+@pytest.mark.parametrize(
+    ("make", "pack"), [(interpreted, quantize4), (gathered, quantize4), (gathered, quantize)]
+)
 def test_quantised_keys_and_values(make: Make, pack: Callable[..., torch.Tensor]) -> None:
-    """4 bits by the split-K kernel itself, 8 bits widened by the gather."""
+    """4 bits by the split-K kernel itself; either widened by the gather."""
     rows = [(1, 33), (3, 17), (1, 5)]
     agree(make, Case(rows, dtype=torch.float16, dim=32).packed(pack))
     agree(make, Case(rows, dtype=torch.float16, dim=32).packed(pack), window=9)
@@ -218,7 +226,6 @@ def test_tiles_of_keys_fit_the_block() -> None:
         (gathered, Case([(1, 5)], dim=20), "head_dim 20 is not a multiple of 8"),
         (interpreted, Case([(1, 5)], block_size=8), "block_size 8 is not a multiple"),
         (interpreted, Case([(1, 5)], dim=32).packed(quantize), "packed rows of 9 words"),
-        (gathered, Case([(1, 5)], dim=32).packed(quantize4), "packed rows of 5 words"),
     ],
 )
 def test_refusals_say_why(make: Make, case: Case, reason: str) -> None:
@@ -233,7 +240,7 @@ def test_the_real_one_is_for_cuda() -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_a_typed_error() -> None:
-    """Before the first step, with the operator's name and the first line of what went wrong."""
+    """With the operator's name and the first line of what went wrong."""
     good = interpreted(16)
     keys = torch.zeros(2, 16, 1, 16)
     good.get_ready(keys, torch.float32, 3, 16)
@@ -243,7 +250,8 @@ def test_a_kernel_that_does_not_compile_is_a_typed_error() -> None:
 
     kernel = type("Broken", (good.KERNEL,), {"apply": broken})  # type: ignore[attr-defined]
     bad = type("BrokenOp", (good,), {"KERNEL": kernel})
-    with pytest.raises(
-        UnsupportedBackend, match=r"pagedkv_splitk was tried.*\(PTX codegen failed\)"
-    ):
+    told = r"pagedkv_splitk was tried.*\(PTX codegen failed\)"
+    with pytest.raises(UnsupportedBackend, match=told):
         bad.get_ready(keys, torch.float32, 3, 16)
+    with pytest.raises(UnsupportedBackend, match=told):
+        Case([(1, 5)]).run(bad)  # in a step, where a shape comes for the first time

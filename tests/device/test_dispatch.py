@@ -30,12 +30,12 @@ EXPECTED = {
     **dict.fromkeys(product(["cuda"], FLOATS, NARROW, [1, 7, 24], [64, 128]), "pagedkv_gathered"),
     **dict.fromkeys(product(["cuda"], FLOATS, NARROW, [16, 64], [8, 80, 96]), "pagedkv_gathered"),
     **dict.fromkeys(product(["cuda"], NARROW, ["int8"], [1, 16], [8, 64, 256]), "pagedkv_gathered"),
+    **dict.fromkeys(product(["cuda"], NARROW, ["int4"], [7], [64]), "pagedkv_gathered"),
     # and what nothing serves
     **dict.fromkeys(product(["cpu"], FLOATS, ["int4", "float64"], [16], [64]), None),
     **dict.fromkeys(product(["cuda"], FLOATS, ["float32", "float64"], [16], [64]), None),
     **dict.fromkeys(product(["cuda"], NARROW, NARROW, [7], [512]), None),
     **dict.fromkeys(product(["cuda"], NARROW, NARROW, [16], [20, 576]), None),
-    **dict.fromkeys(product(["cuda"], NARROW, ["int4"], [7], [64]), None),
     **dict.fromkeys(product(["cuda"], ["float32"], ["int4", "int8"], [16], [64]), None),
     **dict.fromkeys(product(["mps"], FLOATS, FLOATS, [16], [64]), None),
 }

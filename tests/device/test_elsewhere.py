@@ -15,8 +15,11 @@ import torch
 from pagedkv import LLM, SamplingParams
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.device import bias, observer, sampling
+from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
+from pagedkv.device.gathered import GatheredOp
 from pagedkv.device.models import load_model
+from pagedkv.device.splitk import SplitKPagedOp
 from pagedkv.device.staging import Staging
 from pagedkv.device.store import KVStore
 from tests.device.elsewhere import NAME, Crossings, Launcher, fake_device, moved, unknown, zeros_for
@@ -47,12 +50,17 @@ def kind(plan: StepPlan) -> tuple[bool, ...]:
 class Double:
     """Carries out plans here, for their tokens, and two of each kind there, for how it is done."""
 
-    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, llm: LLM, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stored = stored
+        self.kind = choose_operator("cuda", torch.float16, stored=stored, head_dim=32)
         self.here, self.mode, self.kernel = llm.engine.executor, fake_device(), Launcher()
         self.steps: list[tuple[StepPlan, Crossings, int]] = []
         monkeypatch.setattr(bias, "_send", lambda _device, array: unknown(array))
         for module in (observer, sampling):
             monkeypatch.setattr(module, "fetch", self.fetch)
+        # Single slots are gathered, by another operator of the same kernel.
+        by_slot = classmethod(lambda _: self.kernel.operator(GatheredOp))
+        monkeypatch.setattr(SplitKPagedOp, "by_slot", by_slot)
         self.there, self.inside = self._build(llm), False
         llm.engine.executor = self
 
@@ -70,17 +78,15 @@ class Double:
                 llm.scheduler.manager.pool.num_blocks,
                 cache.block_size,
                 layout=llm.scheduler.layout,
-                dtype=torch.float16,
+                dtype=self.stored,
                 device=NAME,
                 num_cpu_blocks=cache.num_cpu_blocks,
             )
-            # Its own tests compile the kernel.
-            operator = type("Ready", (self.kernel.operator(),), {"get_ready": lambda *_: None})
             return TorchExecutor(
                 model,
                 store,
                 layout=llm.scheduler.layout,
-                operator=operator,
+                operator=self.kernel.operator(self.kind),
                 transfer=Untold(torch.device(NAME)),
             )
 
@@ -99,10 +105,12 @@ class Double:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    def run(params: SamplingParams = GREEDY, **fields: Any) -> Double:
+    def run(
+        params: SamplingParams = GREEDY, stored: torch.dtype = torch.float16, **fields: Any
+    ) -> Double:
         sizes = {"block_size": 16, "num_blocks": 200}
         llm = LLM(load_model("tiny-random", progress=False), **sizes | fields)
-        double = Double(llm, monkeypatch)
+        double = Double(llm, stored, monkeypatch)
         llm.generate(PROMPTS, params)
         assert double.steps
         return double
@@ -143,6 +151,7 @@ def test_policies_that_ask_for_masses_send_nothing_more(
         {"eviction": "score=key_diff + budget=32 + chunk=16"},
         {"eviction": "score=value_key_norm + budget=32 + chunk=16"},
         {"eviction": "score=lobo + budget=32 + chunk=16 + positions=original"},
+        {"eviction": "score=mean + budget=32 + chunk=16 + unit=token"},
         {"num_blocks": 11, "num_cpu_blocks": 20, "swap_cost": 0.0, "enable_prefix_caching": False},
     ],
     ids=str,
@@ -153,6 +162,13 @@ def test_everything_else_lies_where_it_is_launched(run: Any, fields: dict[str, A
     if "num_cpu_blocks" in fields:
         assert any(len(plan.swap_out) for plan, _, _ in double.steps)
         assert any(len(plan.swap_in) for plan, _, _ in double.steps)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_packed_keys_and_values_are_packed_there(run: Any, stored: str) -> None:
+    for _, crossings, launches in run(stored=getattr(torch, stored)).steps:
+        assert (crossings.sent, crossings.fetched) == (1, 1)
+        assert launches > 0
 
 
 def test_forks_copy_blocks_there(run: Any) -> None:

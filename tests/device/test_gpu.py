@@ -89,6 +89,7 @@ def scores(device: str, **fields: Any) -> torch.Tensor:
         {"eviction": "sinks=4 + recent=32 + budget=48 + chunk=16"},
         {"granularity": "head", "eviction": "window + budget=48 + chunk=16"},
         {"kv_cache_dtype": "int8"},
+        {"eviction": "score=mean + budget=48 + chunk=16 + unit=token"},
     ],
     ids=str,
 )

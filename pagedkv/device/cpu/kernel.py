@@ -223,7 +223,8 @@ def _worker(kind: str) -> Any:
         return cfunc(types.void(types.int64), cache=True, error_model="numpy")(worker)
     except Exception as error:  # numba raises many unrelated kinds; all mean the same here
         raise UnsupportedBackend(
-            f"the CPU kernel did not compile for {kind} ({type(error).__name__}: {error})",
+            f"pagedkv_cpu was tried and refused: its kernel did not compile for {kind} "
+            f"({type(error).__name__}: {error})",
             where="device.cpu",
             remedy="install a numba that supports this Python, or use ReferenceOp",
         ) from error
