@@ -1,5 +1,6 @@
 """A device that only answers: tokens from seeds, made-up masses, no memory of blocks."""
 
+import msgspec
 import numpy as np
 
 from pagedkv import Scheduler, StepResult
@@ -20,7 +21,18 @@ def answer(plan, vocab=61):
         for each in plan.observations
     ]
     tokens = (seed * 7919 + position * 104729) % vocab
-    return StepResult(token_ids=tokens.astype(np.int32), observed=observed)
+    result = StepResult(token_ids=tokens.astype(np.int32), observed=observed)
+    wanted = plan.sampling.num_logprobs
+    if not (wanted >= 0).any():
+        return result
+    rank = np.arange(max(0, int(wanted.max())))
+    named = rank < wanted[:, None]
+    return msgspec.structs.replace(
+        result,
+        logprobs=-noise.random(len(tokens), np.float32),
+        top_ids=np.where(named, (tokens[:, None] + rank) % vocab, -1).astype(np.int32),
+        top_logprobs=np.where(named, -1 - rank, np.nan).astype(np.float32),
+    )
 
 
 def step(scheduler):

@@ -1,6 +1,9 @@
 """A logged run comes out again byte for byte; the same seed gives the same log."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -68,6 +71,17 @@ def test_the_same_seed_gives_the_same_log_and_another_another(tmp_path):
         serve(tmp_path / name, seed)
         logs.append((tmp_path / name).read_bytes())
     assert logs[0] == logs[1] != logs[2]
+
+
+def test_the_log_does_not_depend_on_the_order_of_sets_and_dicts(tmp_path):
+    code = "import sys; from tests.core.test_runlog import serve; serve(sys.argv[1])"
+    logs = []
+    for seed in ("1", "777"):
+        path, env = tmp_path / seed, os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, str(path)]
+        subprocess.run(command, env=env, check=True, cwd=Path(__file__).parents[2])
+        logs.append(path.read_bytes())
+    assert logs[0] == logs[1]
 
 
 def test_a_plan_that_comes_out_otherwise_is_named(tmp_path):
