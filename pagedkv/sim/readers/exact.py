@@ -21,17 +21,18 @@ def llmservingsim(path: Path, *, on_error: str = "raise") -> Workload:
     """Read LLMServingSim requests: nanoseconds, lengths, and the prompt's token ids."""
     rows = Rows(path, on_error)
 
+    def made(number: int, row: dict[str, Any]) -> SimRequest:
+        inputs = rows.length(row, "input_toks")
+        none = np.zeros(0, np.int64)
+        return SimRequest(
+            arrival=rows.arrival(row, "arrival_time_ns", 1e-9),
+            prompt=Content(none, none, None, _tokens(rows, row, inputs)),
+            output_len=rows.length(row, "output_toks"),
+            output_stream=stream_id(OUTPUTS, number),
+        )
+
     def source() -> Iterator[SimRequest]:
-        for number, row in enumerate(rows.json_lines()):
-            with rows.row():
-                inputs = rows.length(row, "input_toks")
-                none = np.zeros(0, np.int64)
-                yield SimRequest(
-                    arrival=rows.arrival(rows.number(row, "arrival_time_ns") / 1e9),
-                    prompt=Content(none, none, None, _tokens(rows, row, inputs)),
-                    output_len=rows.length(row, "output_toks"),
-                    output_stream=stream_id(OUTPUTS, number),
-                )
+        return rows.requests(rows.json_lines(), made)
 
     return Workload(path.name, source, skipped=rows.skipped)
 

@@ -39,11 +39,10 @@ def timed_trace(
     names = (timestamp, input_length, output_length, hash_ids, tenant)
 
     def source() -> Iterator[SimRequest]:
-        number = -1
-        for row in rows.json_lines():
-            with rows.row():
-                number += 1
-                yield _request(rows, row, number, names, block_size, seconds)
+        return rows.requests(
+            rows.json_lines(),
+            lambda number, row: _request(rows, row, number, names, block_size, seconds),
+        )
 
     return Workload(path.name, source, block_size=block_size, skipped=rows.skipped)
 
@@ -62,7 +61,7 @@ def _request(
     if not isinstance(tenant, str):
         raise rows.fault(f"{names[4]} is not text")
     return SimRequest(
-        arrival=rows.arrival(rows.number(row, names[0]) * seconds),
+        arrival=rows.arrival(row, names[0], seconds),
         prompt=block_content(BLOCKS, ids, length, block_size),
         output_len=output,
         output_stream=stream_id(OUTPUTS, number),
@@ -85,16 +84,16 @@ def bailian(path: Path, *, on_error: str = "raise", block_size: int = 16) -> Wor
     names = ("timestamp", "input_length", "output_length", "hash_ids", "tenant")
 
     def source() -> Iterator[SimRequest]:
-        root: dict[Any, str] = {}
-        number = -1
-        for row in rows.json_lines():
-            with rows.row():
-                number += 1
-                request = _request(rows, row, number, names, block_size, 1.0)
-                chat, parent = row.get("chat_id", number), row.get("parent_chat_id", -1)
-                if not isinstance(chat, int | str) or not isinstance(parent, int | str):
-                    raise rows.fault("chat_id or parent_chat_id is neither a number nor text")
-                request.session = root[chat] = root.get(parent, str(chat))
-                yield request
+        root: dict[int | str, str] = {}
+
+        def made(number: int, row: dict[str, Any]) -> SimRequest:
+            request = _request(rows, row, number, names, block_size, 1.0)
+            chat, parent = row.get("chat_id", number), row.get("parent_chat_id", -1)
+            if not isinstance(chat, int | str) or not isinstance(parent, int | str):
+                raise rows.fault("chat_id or parent_chat_id is neither a number nor text")
+            request.session = root[chat] = root.get(parent, str(chat))
+            return request
+
+        return rows.requests(rows.json_lines(), made)
 
     return Workload(path.name, source, block_size=block_size, skipped=rows.skipped)

@@ -4,23 +4,27 @@ import csv
 import gzip
 import io
 import math
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from pagedkv.config import LARGEST_INT32
 from pagedkv.core.arrays import Int64
 from pagedkv.errors import TraceError
 from pagedkv.sim.content import Content, stream_ids
+from pagedkv.sim.ranges import LARGEST_LENGTH
+from pagedkv.sim.workload import SimRequest
 
-__all__ = ["Rows", "block_content"]
+__all__ = ["LARGEST_HASH", "Rows", "block_content"]
 
-LARGEST_LENGTH = 2**24
+LARGEST_HASH = 2**63 - 1
+Row = TypeVar("Row")
+_BACK = "the time stamp is before the row before's"
 
 
 class Rows:
@@ -36,13 +40,11 @@ class Rows:
         self.skipped: Counter[str] = Counter()
         self.line = 0
         self._skips = on_error == "skip"
-        self._before = -math.inf
 
     def restart(self) -> None:
         """Begin again at the first line."""
         self.skipped.clear()
         self.line = 0
-        self._before = -math.inf
 
     @contextmanager
     def _open(self) -> Iterator[io.TextIOWrapper]:
@@ -50,7 +52,8 @@ class Rows:
             with self.path.open("rb") as raw:
                 packed = self.path.suffix == ".gz"
                 unpacked: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-                yield io.TextIOWrapper(unpacked, encoding="utf-8", newline="")
+                # A byte that is no text is the fault of its row, not of all that is read with it.
+                yield io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="")
         except OSError as fault:
             raise TraceError(
                 f"cannot be read: {fault.strerror or fault}",
@@ -68,40 +71,96 @@ class Rows:
                 with self.row():
                     try:
                         found = msgspec.json.decode(raw)
-                    except msgspec.DecodeError as fault:
+                    except UnicodeEncodeError:
+                        raise self.fault("the row is not UTF-8 text") from None
+                    except (msgspec.DecodeError, RecursionError) as fault:
                         raise self.fault(f"not valid JSON: {fault}") from None
                     if not isinstance(found, dict):
                         raise self.fault("the row is not an object")
                     yield found
 
     def csv_rows(self, *columns: str) -> Iterator[dict[str, str]]:
-        """Yield the rows of a CSV file that has at least these columns."""
+        """Yield the rows of a CSV file that has at least these columns; a line is a row."""
         self.restart()
         with self._open() as text:
-            table = csv.DictReader(self._lines(text))
-            header = [name.strip() for name in table.fieldnames or ()]
-            missing = [name for name in columns if name not in header]
-            if missing:
-                raise TraceError(
-                    f"the header has no column {', '.join(missing)}",
-                    where=f"{self.path}:1",
-                    remedy=f"give a table with {', '.join(columns)}",
+            lines = (line for line in self._lines(text) if line.strip())
+            header = [name.strip() for name in self._cells(next(lines, ""))]
+            wrong = [name for name in columns if header.count(name) != 1]
+            if wrong:
+                kind = "no" if wrong[0] not in header else "more than one"
+                raise self.fault(
+                    f"the header has {kind} column {wrong[0]}",
+                    f"give a table with {', '.join(columns)}",
                 )
-            table.fieldnames = header
-            for row in table:
+            for line in lines:
                 with self.row():
-                    if None in row or None in row.values():
+                    cells = self._cells(line)
+                    if len(cells) != len(header):
                         raise self.fault("the row has another number of columns than the header")
-                    yield row
+                    yield dict(zip(header, cells, strict=True))
+
+    def _cells(self, line: str) -> list[str]:
+        if not line.isascii() and any("\ud800" <= each <= "\udfff" for each in line):
+            raise self.fault("the row is not UTF-8 text")
+        if '"' not in line:
+            return line.rstrip("\r\n").split(",")
+        try:
+            return next(csv.reader([line.rstrip("\r\n")], strict=True))
+        except csv.Error as fault:  # of an open quote, which would swallow the rows that follow
+            raise self.fault(f"the row is not valid CSV: {fault}") from None
 
     def _lines(self, text: io.TextIOWrapper) -> Iterator[str]:
         try:
             for line in text:
                 self.line += 1
                 yield line
-        except (UnicodeDecodeError, OSError, EOFError) as fault:
+        except (OSError, EOFError, zlib.error) as fault:
             self.line += 1
-            raise self.fault(f"cannot be read as text: {fault}") from None
+            raise self.fault(
+                f"from here on it cannot be read: {fault}", "get the file anew, or cut it off here"
+            ) from None
+
+    def requests(
+        self, table: Iterator[Row], make: Callable[[int, Row], SimRequest]
+    ) -> Iterator[SimRequest]:
+        """Yield what ``make`` makes of a row and its number, in order of arrival.
+
+        Where bad rows are skipped, a time stamp before the row before's costs one row: the row
+        before if that one ran ahead, so that one stamp far in the future does not cost all that
+        follow; otherwise this one.
+        """
+        made = self._made(table, make)
+        return self._mended(made) if self._skips else self._in_order(made)
+
+    def _made(
+        self, table: Iterator[Row], make: Callable[[int, Row], SimRequest]
+    ) -> Iterator[SimRequest]:
+        for number, row in enumerate(table):
+            with self.row():
+                yield make(number, row)
+
+    def _in_order(self, made: Iterator[SimRequest]) -> Iterator[SimRequest]:
+        before = -math.inf
+        for request in made:
+            if request.arrival < before:
+                raise self.fault(_BACK, "sort the rows by time")
+            before = request.arrival
+            yield request
+
+    def _mended(self, made: Iterator[SimRequest]) -> Iterator[SimRequest]:
+        before, held = -math.inf, None
+        for request in made:
+            if held is None or request.arrival >= held.arrival:
+                if held is not None:
+                    yield held
+                    before = held.arrival
+                held = request
+                continue
+            self.skipped[_BACK] += 1
+            if request.arrival >= before:
+                held = request
+        if held is not None:
+            yield held
 
     @contextmanager
     def row(self) -> Iterator[None]:
@@ -112,13 +171,6 @@ class Rows:
             if not self._skips or not fault.where.startswith(str(self.path)):
                 raise
             self.skipped[fault.what] += 1
-
-    @contextmanager
-    def at(self, line: int) -> Iterator[None]:
-        """Speak of an earlier line for a while."""
-        now, self.line = self.line, line
-        yield
-        self.line = now
 
     def fault(self, what: str, remedy: str = "") -> TraceError:
         """Return the error of the row that was read last."""
@@ -133,7 +185,7 @@ class Rows:
             value = float(row[name])
         except KeyError:
             raise self.fault(f"{name} is missing") from None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise self.fault(f"{name} is not a finite number")
@@ -150,29 +202,40 @@ class Rows:
             raise self.fault(f"{name} is more than {LARGEST_LENGTH}")
         return int(value)
 
-    def arrival(self, seconds: float) -> float:
-        """Return a time stamp in seconds once it is not before the row before's."""
+    def arrival(self, row: dict[str, Any], name: str, unit: float) -> float:
+        """Return a time stamp in seconds, of 0 up; a unit of it lasts so many seconds."""
+        seconds = self.number(row, name) * unit
         if seconds < 0:
             raise self.fault("the time stamp is negative")
-        if seconds < self._before:
-            raise self.fault("the time stamp is before the row before's", "sort the rows by time")
-        self._before = seconds
         return seconds
 
-    def hashes(self, row: dict[str, Any], name: str, length: int, block_size: int) -> Int64:
-        """Return a list of block ids that covers ``length`` tokens: [ceil(length / size)]."""
-        value = row.get(name)
+    def hashes(
+        self,
+        row: dict[str, Any],
+        name: str,
+        length: int,
+        block_size: int,
+        *,
+        open_end: bool = False,
+    ) -> Int64:
+        """Return a list of block ids that covers ``length`` tokens: [ceil(length / size)].
+
+        With ``open_end`` a last, partial block may be without one: [floor(length / size)].
+        """
+        value = row.get(name, [] if open_end else None)
         if not isinstance(value, list) or not all(type(each) is int for each in value):
             raise self.fault(f"{name} is not a list of whole numbers")
-        if len(value) != -(-length // block_size):
-            raise self.fault(f"{name} does not cover the prompt in blocks of {block_size} tokens")
+        self.check_cover(name, len(value), length, block_size, open_end=open_end)
         if any(not -(2**63) <= each < 2**64 for each in value):
             raise self.fault(f"{name} holds a number that is no 64-bit hash")
         return np.array([each & LARGEST_HASH for each in value], np.int64)
 
-
-LARGEST_HASH = 2**63 - 1
-assert LARGEST_INT32 < LARGEST_HASH
+    def check_cover(
+        self, name: str, count: int, length: int, block_size: int, *, open_end: bool
+    ) -> None:
+        """Refuse a number of block ids that disagrees with the prompt's length."""
+        if count != -(-length // block_size) and not (open_end and count == length // block_size):
+            raise self.fault(f"{name} does not cover the prompt in blocks of {block_size} tokens")
 
 
 def block_content(namespace: int, ids: Int64, length: int, block_size: int) -> Content:

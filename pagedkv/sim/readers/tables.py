@@ -33,16 +33,22 @@ def azure(path: Path, *, on_error: str = "raise") -> Workload:
 
     def source() -> Iterator[SimRequest]:
         start: datetime | None = None
-        columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-        for number, row in enumerate(rows.csv_rows(*columns)):
-            with rows.row():
-                when = _date(rows, row["TIMESTAMP"])
-                start = start or when
-                if (when.tzinfo is None) != (start.tzinfo is None):
-                    raise rows.fault("some time stamps have a time zone and some have none")
-                arrival = rows.arrival((when - start).total_seconds())
-                inputs = rows.length(row, "ContextTokens")
-                yield _lengths_only(arrival, number, inputs, rows.length(row, "GeneratedTokens"))
+
+        def made(number: int, row: dict[str, str]) -> SimRequest:
+            nonlocal start
+            inputs, outputs = rows.length(row, "ContextTokens"), rows.length(row, "GeneratedTokens")
+            when = _date(rows, row["TIMESTAMP"])
+            start = start or when
+            if (when.tzinfo is None) != (start.tzinfo is None):
+                raise rows.fault("some time stamps have a time zone and some have none")
+            return _lengths_only((when - start).total_seconds(), number, inputs, outputs)
+
+        table = rows.csv_rows("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+        first: float | None = None
+        for request in rows.requests(table, made):
+            first = request.arrival if first is None else first
+            request.arrival -= first  # not 0 where the first row's stamp ran ahead
+            yield request
 
     return Workload(path.name, source, skipped=rows.skipped)
 
@@ -69,17 +75,24 @@ def burstgpt(path: Path, *, on_error: str = "raise", model: str | None = None) -
     """
     rows = Rows(path, on_error)
 
-    def source() -> Iterator[SimRequest]:
-        columns = ("Timestamp", "Model", "Request tokens", "Response tokens")
-        for number, row in enumerate(rows.csv_rows(*columns)):
-            if model is not None and row["Model"] != model:
+    def chosen() -> Iterator[dict[str, str]]:
+        for row in rows.csv_rows("Timestamp", "Model", "Request tokens", "Response tokens"):
+            if model is None or row["Model"] == model:
+                yield row
+            else:
                 rows.skipped[f"another model than {model}"] += 1
-                continue
-            with rows.row():
-                arrival = rows.arrival(rows.number(row, "Timestamp"))
-                inputs = rows.length(row, "Request tokens")
-                outputs = rows.length(row, "Response tokens")
-                session = row.get("Session ID", "")
-                yield _lengths_only(arrival, number, inputs, outputs, row["Model"], session)
+
+    def made(number: int, row: dict[str, str]) -> SimRequest:
+        return _lengths_only(
+            rows.arrival(row, "Timestamp", 1.0),
+            number,
+            rows.length(row, "Request tokens"),
+            rows.length(row, "Response tokens"),
+            row["Model"],
+            row.get("Session ID", ""),
+        )
+
+    def source() -> Iterator[SimRequest]:
+        return rows.requests(chosen(), made)
 
     return Workload(path.name, source, skipped=rows.skipped)

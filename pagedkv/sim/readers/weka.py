@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from pagedkv.core.arrays import Int64
 from pagedkv.sim.content import stream_id
-from pagedkv.sim.readers.rows import Rows, block_content
+from pagedkv.sim.readers.rows import LARGEST_HASH, Rows, block_content
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["weka"]
@@ -31,9 +32,8 @@ def weka(
     flat rows behind a ``session_meta`` row, block ids as lists or as ``hash_rle`` runs.
 
     Block ids are local to a session, so nothing is shared between sessions. The trace has no time
-    at which a session begins: they come as a Poisson process. A row may carry fewer or more ids
-    than its prompt has blocks (sub-agents start afresh): a prompt is what its ids say, cut or
-    padded to ``in`` tokens of its own.
+    at which a session begins: they come as a Poisson process. The last, partial block of a prompt
+    may be without an id, as most are published: it is shared with nobody.
 
     Args:
         session_rate: Sessions per second.
@@ -43,26 +43,25 @@ def weka(
     """
     rows = Rows(path, on_error)
 
-    def sessions() -> Iterator[list[SimRequest]]:
+    def begun() -> Iterator[tuple[float, list[SimRequest]]]:
         rng = np.random.default_rng(seed)
         start = 0.0
         for number, (name, turns) in enumerate(_sessions(rows)):
             start += float(rng.exponential(1 / session_rate))
-            made = []
-            for at, turn in enumerate(turns):
-                with rows.at(turn.get("line", rows.line)), rows.row():
-                    made.append(_request(rows, turn, name, number, at, start))
-            if made:
-                yield made
+            yield (
+                start,
+                [_request(turn, name, number, at, start) for at, turn in enumerate(turns)],
+            )
 
     def source() -> Iterator[SimRequest]:
-        if closed_loop:
-            for made in sessions():
-                for request, follow in itertools.pairwise(made):
-                    request.then = follow
-                yield made[0]
-        else:
-            yield from _merged(sessions())
+        if not closed_loop:
+            yield from _merged(made for _, made in begun())
+            return
+        for start, made in begun():
+            for request, follow in itertools.pairwise(made):
+                request.then = follow
+            made[0].arrival = start  # though its stamp is later where turns before it were skipped
+            yield made[0]
 
     return Workload(
         path.name,
@@ -88,67 +87,89 @@ def _merged(sessions: Iterator[list[SimRequest]]) -> Iterator[SimRequest]:
         yield heapq.heappop(heap)[2]
 
 
-def _sessions(rows: Rows) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+class _Turn(Struct, frozen=True, eq=False):
+    """What a row says: its time and the thinking before it, its lengths, its ids: [<= blocks]."""
+
+    when: float
+    think: float
+    length: int
+    output: int
+    ids: Int64
+
+
+def _sessions(rows: Rows) -> Iterator[tuple[str, list[_Turn]]]:
+    """Yield the sessions that have turns."""
     name = ""
-    turns: list[dict[str, Any]] = []
+    turns: list[_Turn] = []
     for row in rows.json_lines():
-        if "requests" in row:  # as published: a session an object, sub-agents nested
-            with rows.row():
-                yield str(row.get("id", rows.line)), _flattened(rows, row["requests"])
-        elif "session_meta" in row:
+        if "session_meta" in row:
             if turns:
                 yield name, turns
             name, turns = str(row["session_meta"]), []
-        else:
-            turns.append(row | {"line": rows.line})
+            continue
+        with rows.row():
+            if "requests" not in row:
+                turns.append(_turn(rows, row))
+            elif nested := sorted(_nested(rows, row["requests"]), key=lambda turn: turn.when):
+                yield str(row.get("id", rows.line)), nested
     if turns:
         yield name, turns
 
 
-def _flattened(rows: Rows, requests: Any) -> list[dict[str, Any]]:
-    """Return a session's requests and its sub-agents', in order of their time."""
-    if not isinstance(requests, list) or not all(isinstance(each, dict) for each in requests):
-        raise rows.fault("requests is not a list of objects")
-    found: list[dict[str, Any]] = []
+def _nested(rows: Rows, requests: Any) -> Iterator[_Turn]:
+    """Yield a published session's turns and its sub-agents'; a sub-agent may be nothing more."""
+    if not isinstance(requests, list):
+        raise rows.fault("requests is not a list")
     for each in requests:
-        if "in" in each:
-            found.append(each)
-        if each.get("requests"):
-            found += _flattened(rows, each["requests"])
-    return sorted(found, key=lambda each: each.get("t", 0.0))
+        with rows.row():
+            if not isinstance(each, dict):
+                raise rows.fault("requests holds what is not an object")
+            if "in" in each or "requests" not in each:
+                yield _turn(rows, each)
+            if each.get("requests") is not None:
+                yield from _nested(rows, each["requests"])
 
 
-def _request(
-    rows: Rows, row: dict[str, Any], session: str, number: int, at: int, start: float
-) -> SimRequest:
+def _turn(rows: Rows, row: dict[str, Any]) -> _Turn:
     length, output = rows.length(row, "in"), rows.length(row, "out")
     think = 0.0 if row.get("think_time") is None else rows.number(row, "think_time")
     when = rows.number(row, "t")
     if think < 0 or when < 0:
         raise rows.fault("a time is negative")
-    ids = _ids(rows, row)[: -(-length // BLOCK_SIZE)]
-    missing = -(-length // BLOCK_SIZE) - len(ids)
-    if missing:
-        own = -1 - np.arange(missing) - 1_000_000 * (at + 1)  # nobody else's
-        ids = np.concatenate([ids, own])
-    place = stream_id(7, number)
-    return SimRequest(
-        arrival=start + when,
-        prompt=block_content(place, ids, length, BLOCK_SIZE),
-        output_len=output,
-        output_stream=stream_id(OUTPUTS, number * 1_000_000 + at),
-        session=session,
-        think=think if at else 0.0,
+    return _Turn(when, think, length, output, _ids(rows, row, length))
+
+
+def _ids(rows: Rows, row: dict[str, Any], length: int) -> Int64:
+    runs = row.get("hash_rle")
+    if runs is None:
+        return rows.hashes(row, "hash_ids", length, BLOCK_SIZE, open_end=True)
+    if not isinstance(runs, list) or not all(map(_is_run, runs)):
+        raise rows.fault("hash_rle is not a list of whole numbers in pairs, a start and a count")
+    count = sum(run[1] for run in runs)
+    rows.check_cover("hash_rle", count, length, BLOCK_SIZE, open_end=True)
+    pieces = [np.arange(start, start + many, dtype=np.int64) for start, many in runs]
+    return np.concatenate([np.zeros(0, np.int64), *pieces])
+
+
+def _is_run(run: Any) -> bool:
+    return (
+        isinstance(run, list)
+        and len(run) == 2
+        and type(run[0]) is type(run[1]) is int
+        and run[1] > 0
+        and 0 <= run[0] <= LARGEST_HASH - run[1]
     )
 
 
-def _ids(rows: Rows, row: dict[str, Any]) -> Int64:
-    runs = row.get("hash_rle")
-    try:
-        if runs is None:
-            return np.array(row.get("hash_ids", []), np.int64).reshape(-1)
-        pieces = [np.arange(start, start + count) for start, count in runs]
-        ids: Int64 = np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)
-        return ids
-    except (TypeError, ValueError, OverflowError):
-        raise rows.fault("hash_rle or hash_ids is not a list of whole numbers") from None
+def _request(turn: _Turn, session: str, number: int, at: int, start: float) -> SimRequest:
+    ids = turn.ids
+    if len(ids) * BLOCK_SIZE < turn.length:
+        ids = np.append(ids, -1 - at)  # nobody else's
+    return SimRequest(
+        arrival=start + turn.when,
+        prompt=block_content(stream_id(7, number), ids, turn.length, BLOCK_SIZE),
+        output_len=turn.output,
+        output_stream=stream_id(OUTPUTS, number * 1_000_000 + at),
+        session=session,
+        think=turn.think if at else 0.0,
+    )
