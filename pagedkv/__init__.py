@@ -34,6 +34,7 @@ from pagedkv.errors import (
     Unattainable,
     UnsupportedBackend,
 )
+from pagedkv.eviction import Policy, policy, presets
 from pagedkv.sim.result import SimResult, simulate
 from pagedkv.sim.workload import SimRequest, Workload
 
@@ -61,6 +62,7 @@ __all__ = [
     "NeverFits",
     "OutOfBlocks",
     "PagedKVError",
+    "Policy",
     "PolicyError",
     "Request",
     "RequestOutput",
@@ -80,6 +82,8 @@ __all__ = [
     "UnsupportedBackend",
     "Workload",
     "load_config",
+    "policy",
+    "presets",
     "simulate",
 ]
 

@@ -23,7 +23,7 @@ from pagedkv.device.poison import Poison
 from pagedkv.device.sizing import fitted
 from pagedkv.device.store import KVStore, storage_dtype
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
-from pagedkv.eviction import Policy
+from pagedkv.eviction import Policy, format_policy
 
 __all__ = ["LLM", "Prompt"]
 
@@ -348,6 +348,8 @@ def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
             where="config",
             remedy="give an EngineConfig, such as load_config(...) returns",
         )
+    if isinstance(fields.get("eviction"), Policy):
+        fields = fields | {"eviction": format_policy(fields["eviction"])}
     asked = with_fields(config or EngineConfig(), **fields)
     facts = set(ModelConfig.__struct_fields__) - {"max_model_len"}
     for name in sorted(facts & fields.keys()):

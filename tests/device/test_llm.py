@@ -9,6 +9,7 @@ from pagedkv import (
     NeverFits,
     PolicyError,
     SamplingParams,
+    policy,
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -201,3 +202,13 @@ def test_an_evicting_request_says_what_it_forgot(llm):
     assert output.forfeited_mass > 0
     (full,) = llm.generate([[7] * 30], params)
     assert (full.num_evicted_tokens, full.forfeited_mass) == (0, 0)
+
+
+def test_a_policy_may_be_given_to_the_engine_as_an_object():
+    streaming = policy("streaming", budget=32)
+    given = LLM("tiny-random", block_size=8, num_blocks=64, eviction=streaming)
+    assert policy(given.config.cache.eviction) == streaming
+    named = LLM("tiny-random", block_size=8, num_blocks=64, eviction="streaming + budget=32")
+    one, other = (llm.generate([[7] * 30], GREEDY)[0] for llm in (given, named))
+    assert one.num_evicted_tokens > 0
+    assert one.token_ids == other.token_ids
