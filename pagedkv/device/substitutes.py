@@ -20,12 +20,14 @@ __all__ = ["substitute"]
 # What all transformers models with rotary positions call theirs, each in its own file.
 _ROTATION = "apply_rotary_pos_emb"
 _TOLERANCE = 1e-5
+# Numbers in a tensor: with more, as in prompts, arithmetic is what counts, and torch has threads.
+_MOST = 1 << 18
 _Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def native(x: Tensor) -> bool:
-    """Whether native code can have these numbers; a model may be moved after it was loaded."""
-    return type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    """Whether native code is for this tensor; a model may be moved after it was loaded."""
+    return type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() <= _MOST
 
 
 def rotation(theirs: _Rotation) -> _Rotation:
@@ -33,9 +35,10 @@ def rotation(theirs: _Rotation) -> _Rotation:
     from pagedkv.device.cpu.rowwise import rotate
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if not native(q):
-            return theirs(q, k, cos, sin)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        whole = cos.is_contiguous() and sin.is_contiguous()
+        if whole and native(q) and q.stride(3) == k.stride(3) == 1:
+            return rotate(q, k, cos, sin)
+        return theirs(q, k, cos, sin)
 
     return ours
 
@@ -45,10 +48,10 @@ def norm(epsilon: float) -> Callable[[Any, Tensor], Tensor]:
     from pagedkv.device.cpu.rowwise import rms_norm
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not native(hidden_states):
-            out: Tensor = type(self).forward(self, hidden_states)
-            return out
-        return rms_norm(hidden_states, self.weight, epsilon)
+        if native(hidden_states) and hidden_states.is_contiguous():
+            return rms_norm(hidden_states, self._parameters["weight"], epsilon)
+        out: Tensor = type(self).forward(self, hidden_states)
+        return out
 
     return forward
 

@@ -22,19 +22,22 @@ def noise(*shape, seed=0):
 
 @pytest.mark.parametrize("dim", [16, 40, 64, 70])
 @pytest.mark.parametrize("tokens", [1, 5, 1500])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_rotations_are_bit_for_bit_those_of_the_model(dim, tokens, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        query = noise(1, tokens, 9, dim).transpose(1, 2)
-        key = noise(1, 3, tokens, dim, seed=1)
-        for width, theirs in ((dim, apply_rotary_pos_emb), (dim // 2 // 2 * 2, rotate_part)):
-            angles = noise(1, tokens, width, seed=2), noise(1, tokens, width, seed=3)
-            expected = theirs(query, key, *angles)
-            assert all(map(torch.equal, expected, rotation(theirs)(query, key, *angles)))
-    finally:
-        torch.set_num_threads(before)
+def test_rotations_are_bit_for_bit_those_of_the_model(dim, tokens):
+    query = noise(1, tokens, 9, dim).transpose(1, 2)
+    key = noise(1, 3, tokens, dim, seed=1)
+    for width, theirs in ((dim, apply_rotary_pos_emb), (dim // 2 // 2 * 2, rotate_part)):
+        angles = noise(1, tokens, width, seed=2), noise(1, tokens, width, seed=3)
+        expected = theirs(query, key, *angles)
+        for turned in (rowwise.rotate(query, key, *angles), rotation(theirs)(query, key, *angles)):
+            assert all(map(torch.equal, expected, turned))
+
+
+def test_what_native_code_does_not_take_is_rotated_all_the_same():
+    query, key = noise(1, 3, 9, 64), noise(1, 3, 64, 9, seed=1).transpose(2, 3)
+    wide = noise(1, 9, 128, seed=2), noise(1, 9, 128, seed=3)
+    angles = tuple(each[..., ::2] for each in wide)
+    expected = apply_rotary_pos_emb(query, key, *angles)
+    assert all(map(torch.equal, expected, rotation(apply_rotary_pos_emb)(query, key, *angles)))
 
 
 @pytest.mark.parametrize("size", [7, 16, 576])
@@ -42,7 +45,7 @@ def test_rotations_are_bit_for_bit_those_of_the_model(dim, tokens, threads):
 def test_norms_are_those_of_the_model(size, rows):
     norm = LlamaRMSNorm(size, eps=1e-5).requires_grad_(False)
     norm.weight.copy_(noise(size))
-    x = 30 * noise(2, size, rows).transpose(1, 2)
+    x = 30 * noise(2, rows, size)
     ours = rowwise.rms_norm(x, norm.weight, 1e-5)
     torch.testing.assert_close(ours, norm(x), rtol=1e-5, atol=1e-6)
 

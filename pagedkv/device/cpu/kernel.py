@@ -81,7 +81,7 @@ from .simd import (
 )
 from .wide import run_wide
 
-__all__ = ["KINDS", "launch", "openmp", "sources", "warmup"]
+__all__ = ["KINDS", "launch", "sources", "warmup"]
 
 # How keys and values are stored; queries likewise, but in fp32 beside int8.
 KINDS = ("float32", "float16", "bfloat16", "int8")
@@ -249,7 +249,7 @@ _Parallel = Callable[[int, int, int, int], None]
 
 
 @cache
-def openmp() -> _Parallel | None:
+def _openmp() -> _Parallel | None:
     """torch's OpenMP entry point, if torch brought a runtime that has GNU's."""
     address = binding.address_of_symbol("GOMP_parallel")
     if not address:
@@ -277,7 +277,7 @@ def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
     worker = _worker(kind)
     threads = min(threads, int(params[NUM_ITEMS]))
     address = params.ctypes.data
-    parallel = openmp()
+    parallel = _openmp()
     if threads <= 1:
         worker.ctypes(address)
     elif parallel is not None:

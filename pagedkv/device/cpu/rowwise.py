@@ -1,11 +1,10 @@
 """Rotations and norms, row by row: what a model asks of every token between its products.
 
-Each is one call here and half a dozen in torch. Where a step has few tokens, calls are what they
-cost. fp32 only; threads and compiled code are as in `kernel.py`.
+Each is one call here and a dozen in torch. Where a step has few tokens, calls are what they cost:
+what Python does around one is kept to the least. fp32 only, on the calling thread.
 """
 
 import hashlib
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,15 +15,13 @@ from torch import Tensor
 
 from pagedkv.errors import UnsupportedBackend
 
-from .kernel import openmp, sources
+from .kernel import sources
 from .simd import (
     LANES,
     Address,
     Number,
     add,
-    atomic_add,
     fma,
-    get,
     kernel,
     load,
     mul,
@@ -37,14 +34,6 @@ from .simd import (
 )
 
 __all__ = ["get_ready", "rms_norm", "rotate"]
-
-# Fields of a call's parameters, all 8 bytes. Strides are bytes.
-NEXT, ROWS, RUN, IN, OUT = range(5)
-COS, SIN, HEADS, DIM, PAIRS, TOKEN_STRIDE, HEAD_STRIDE, ANGLE_STRIDE = range(5, 13)
-WEIGHT, SIZE, EPSILON = range(5, 8)
-_NUM_PARAMS = 13
-# Numbers that are worth a second thread: below, waking it takes as long as the work.
-_SHARE = 1 << 17
 
 
 @kernel
@@ -66,66 +55,76 @@ def _rotate_head(source: Address, out: Address, cos: Address, sin: Address, pair
 
 
 @kernel
-def _rotate_token(params: Address, token: int) -> None:
-    """All heads of a token; what lies behind the pairs is copied."""
+def _rotate(
+    source: Address,
+    out: Address,
+    cos: Address,
+    sin: Address,
+    tokens: int,
+    heads: int,
+    dim: int,
+    pairs: int,
+    token_stride: int,
+    head_stride: int,
+) -> None:
+    """All heads of all tokens; what lies behind the pairs is copied. Strides are bytes."""
     f32 = np.float32(0)
-    heads, dim, pairs = get(params, HEADS), get(params, DIM), get(params, PAIRS)
-    angle = token * get(params, ANGLE_STRIDE)
-    cos, sin = get(params, COS) + angle, get(params, SIN) + angle
-    for head in range(heads):
-        source = get(params, IN) + token * get(params, TOKEN_STRIDE)
-        source += head * get(params, HEAD_STRIDE)
-        out = get(params, OUT) + 4 * dim * (token * heads + head)
-        _rotate_head(source, out, cos, sin, pairs)
-        for at in range(8 * pairs, 4 * dim, 4):
-            put(out + at, scalar(f32, source + at))
+    for token in range(tokens):
+        angle = 8 * pairs * token
+        for head in range(heads):
+            at = source + token * token_stride + head * head_stride
+            to = out + 4 * dim * (token * heads + head)
+            _rotate_head(at, to, cos + angle, sin + angle, pairs)
+            for i in range(8 * pairs, 4 * dim, 4):
+                put(to + i, scalar(f32, at + i))
 
 
 @kernel
-def _norm_row(params: Address, row: int) -> None:
-    """weight * (x / sqrt(mean(x^2) + epsilon))"""
+def _norm(
+    source: Address, weight: Address, out: Address, rows: int, size: int, epsilon: Number
+) -> None:
+    """weight * (x / sqrt(mean(x^2) + epsilon)), row by row."""
     f32 = np.float32(0)
-    size, weight = get(params, SIZE), get(params, WEIGHT)
-    source, out = get(params, IN) + 4 * size * row, get(params, OUT) + 4 * size * row
     whole = size // LANES * LANES
-    squares = splat(f32)
-    for at in range(0, 4 * whole, 4 * LANES):
-        x = load(f32, source + at)
-        squares = fma(x, x, squares)
-    mass = total(squares)
-    for at in range(4 * whole, 4 * size, 4):
-        mass += scalar(f32, source + at) * scalar(f32, source + at)
-    scale: Number = np.float32(1) / np.sqrt(
-        mass / np.float32(size) + scalar(f32, params + 8 * EPSILON)
-    )
-    scales = splat(scale)
-    for at in range(0, 4 * whole, 4 * LANES):
-        store(out + at, mul(load(f32, weight + at), mul(load(f32, source + at), scales)))
-    for at in range(4 * whole, 4 * size, 4):
-        put(out + at, scalar(f32, weight + at) * (scalar(f32, source + at) * scale))
-
-
-_ROWS = {"rotate": _rotate_token, "rms_norm": _norm_row}
+    for _ in range(rows):
+        squares = splat(f32)
+        for at in range(0, 4 * whole, 4 * LANES):
+            x = load(f32, source + at)
+            squares = fma(x, x, squares)
+        mass = total(squares)
+        for at in range(4 * whole, 4 * size, 4):
+            mass += scalar(f32, source + at) * scalar(f32, source + at)
+        scale = np.float32(1) / np.sqrt(mass / np.float32(size) + epsilon)
+        scales = splat(scale)
+        for at in range(0, 4 * whole, 4 * LANES):
+            store(out + at, mul(load(f32, weight + at), mul(load(f32, source + at), scales)))
+        for at in range(4 * whole, 4 * size, 4):
+            put(out + at, scalar(f32, weight + at) * (scalar(f32, source + at) * scale))
+        source += 4 * size
+        out += 4 * size
 
 
 @cache
-def _worker(name: str) -> Any:
-    """What each thread runs: it takes runs of rows until none is left."""
+def _compiled(name: str) -> Any:
+    """One of the two, as ctypes calls it."""
     # numba's disk cache looks at this file only; the digest stands for what it imports.
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
-    row = _ROWS[name]
 
-    def worker(params):  # type: ignore[no-untyped-def]
+    def rotation(q, k, to_q, to_k, cos, sin, tokens, q_heads, k_heads, dim, pairs, qt, qh, kt, kh):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        rows, run = get(params, ROWS), get(params, RUN)
-        i = atomic_add(params + 8 * NEXT, run)
-        while i < rows:
-            for j in range(i, min(i + run, rows)):
-                row(params, j)
-            i = atomic_add(params + 8 * NEXT, run)
+        _rotate(q, to_q, cos, sin, tokens, q_heads, dim, pairs, qt, qh)
+        _rotate(k, to_k, cos, sin, tokens, k_heads, dim, pairs, kt, kh)
+
+    def norm(source, weight, out, rows, size, epsilon):  # type: ignore[no-untyped-def]
+        digest  # noqa: B018  part of the cache key
+        _norm(source, weight, out, rows, size, epsilon)
 
     try:
-        return cfunc(types.void(types.int64), cache=True, error_model="numpy")(worker)
+        if name == "rotate":
+            compiled = cfunc(types.void(*[types.int64] * 15), cache=True, error_model="numpy")
+            return compiled(rotation).ctypes
+        kinds = [*[types.int64] * 5, types.float32]
+        return cfunc(types.void(*kinds), cache=True, error_model="numpy")(norm).ctypes
     except Exception as error:  # numba raises many unrelated kinds; all mean the same here
         raise UnsupportedBackend(
             f"{name} did not compile ({type(error).__name__}: {error})",
@@ -142,63 +141,52 @@ def get_ready() -> None:
 
     Cost: a second, once per machine.
     """
-    for name in _ROWS:
-        _worker(name)
+    for name in ("rotate", "rms_norm"):
+        _compiled(name)
 
 
-def _run(name: str, params: "np.ndarray[Any, np.dtype[np.int64]]", numbers: int) -> None:
-    """Let one thread, or all, work through the rows."""
-    worker: Any = _worker(name)
-    threads = min(torch.get_num_threads(), int(params[ROWS]), 1 + numbers // _SHARE)
-    parallel: Callable[[int, int, int, int], None] | None = openmp()
-    params[RUN] = max(1, int(params[ROWS]) // (4 * threads))
-    address = params.ctypes.data
-    if threads > 1 and parallel is not None:
-        parallel(worker.address, address, threads, 0)
-    else:
-        worker.ctypes(address)
-
-
-def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turn elements (i, i + pairs) of each head by its token's angles.
 
     Args:
-        vectors: fp32 [1, heads, T, dim], heads in memory one after another or in any strides.
-        cos: fp32 [1, T, 2 * pairs], 2 * pairs <= dim; what lies behind stays.
+        q: fp32 [1, heads, T, dim]; any strides but the last, which is 1.
+        k: Like `q`, with its own number of heads.
+        cos: fp32 [1, T, 2 * pairs], contiguous, 2 * pairs <= dim; what lies behind stays.
         sin: The same shape.
 
     Returns:
-        [1, heads, T, dim], token after token in memory: bit for bit what products and a sum give.
+        Both, token after token in memory: bit for bit what products and a sum give.
     """
-    _, heads, tokens, dim = vectors.shape
-    if vectors.stride(3) != 1:
-        vectors = vectors.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
-    out = torch.empty((1, tokens, heads, dim))
-    params = np.zeros(_NUM_PARAMS, np.int64)
-    params[ROWS], params[IN], params[OUT] = tokens, vectors.data_ptr(), out.data_ptr()
-    params[COS:] = (
+    _, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    _, q_head, q_token, _ = q.stride()
+    _, k_head, k_token, _ = k.stride()
+    turned_q, turned_k = torch.empty(1, tokens, heads, dim), torch.empty(1, tokens, kv_heads, dim)
+    _compiled("rotate")(
+        q.data_ptr(),
+        k.data_ptr(),
+        turned_q.data_ptr(),
+        turned_k.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
+        tokens,
         heads,
+        kv_heads,
         dim,
         cos.shape[2] // 2,
-        4 * vectors.stride(2),
-        4 * vectors.stride(1),
-        4 * cos.shape[2],
+        4 * q_token,
+        4 * q_head,
+        4 * k_token,
+        4 * k_head,
     )
-    _run("rotate", params, out.numel())
-    return out.transpose(1, 2)
+    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / sqrt(mean(x^2) + epsilon)`` over the last dimension; fp32."""
-    x = x.contiguous()
     out = torch.empty_like(x)
     size = x.shape[-1]
-    params = np.zeros(_NUM_PARAMS, np.int64)
-    params[ROWS], params[IN], params[OUT] = x.numel() // size, x.data_ptr(), out.data_ptr()
-    params[WEIGHT], params[SIZE] = weight.data_ptr(), size
-    params.view(np.float32)[2 * EPSILON] = epsilon
-    _run("rms_norm", params, out.numel())
+    _compiled("rms_norm")(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon
+    )
     return out
