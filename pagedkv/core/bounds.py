@@ -14,8 +14,20 @@ def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
     if policy.most_tokens is None:
         return UNBOUNDED
     most = max(policy.most_tokens, *windows)
+    chunk = policy.cadence(block_size).chunk // block_size
+    if _is_plain(policy) and not any(windows):
+        # A round leaves the cap or what is protected; the next comes a chunk, or a block, later.
+        recent = policy.recent or int((most - policy.sinks) * policy.recent_share)
+        protected = -(-policy.sinks // block_size) - (-recent // block_size)
+        return max(-(-most // block_size), protected) + chunk
     # The cap, the chunk in flight, and a block each that sinks, window and tail round up to.
-    return -(-most // block_size) + policy.cadence(block_size).chunk // block_size + 3
+    return -(-most // block_size) + chunk + 3
+
+
+def _is_plain(policy: Policy) -> bool:
+    """Whether every round of a policy cuts every table down to the same number of blocks."""
+    gradual = policy.lowest is not None or policy.adaptive is not None
+    return policy.unit == "block" and policy.spread == "uniform" and not gradual
 
 
 def usable_prefix(policy: Policy, block_size: int) -> int:

@@ -493,6 +493,18 @@ def test_a_long_prompt_never_holds_more_than_budget_and_chunk(name, granularity)
     assert run.finished["1", 0].num_evicted_tokens >= 300 - chosen.tokens - chosen.chunk
 
 
+@pytest.mark.parametrize("name", ["streaming", "h2o", "window"])
+def test_a_pool_of_everybodys_share_runs_everybody_at_once(name):
+    chosen = POLICIES[name]
+    share = -(-chosen.tokens // SIZE) + chosen.chunk // SIZE
+    requests = [make_request(i, 41 + 3 * i, chosen, max_tokens=50) for i in range(4)]
+    run = Run(make_config(4 * share), requests)
+    assert [len(end.token_ids) for end in run.finished.values()] == [50] * 4
+    assert run.scheduler.stats().num_preemptions == 0
+    assert max(len(plan.rows) for plan in run.plans) == 4
+    assert run.peak == 4 * share
+
+
 def test_positions_of_a_stream_stay_within_twice_its_cache():
     config = make_config(16, model={"max_model_len": 64})
     request = make_request(1, 20, POLICIES["streaming"], max_tokens=700)
