@@ -185,11 +185,18 @@ def _line(run: Run) -> str:
     if summary["request_goodput"] is not None:
         parts.insert(2, f"good {summary['good_fraction']:.1%}")
     if summary["failed"]:
-        reasons = ", ".join(f"{n} {why}" for why, n in summary["refused"].items())
-        parts.append(f"{summary['failed']} FAILED ({reasons or 'outgrew the pool'})")
+        parts.append(f"{summary['failed']} FAILED ({_reasons(summary)})")
     if skipped := summary["skipped_rows"]:
         parts.append("skipped " + ", ".join(f"{n} ({why})" for why, n in skipped.items()))
     return f"{varied + ': ' if varied else ''}{'  '.join(parts)}"
+
+
+def _reasons(summary: dict[str, Any]) -> str:
+    """Return why requests failed, and how many for each reason."""
+    unsent = summary["unsent_follow_ups"]
+    outgrew = summary["failed"] - unsent - sum(summary["refused"].values())
+    counts = summary["refused"] | {"outgrew the pool": outgrew, "follow-ups not sent": unsent}
+    return ", ".join(f"{count} {why}" for why, count in counts.items() if count)
 
 
 def _over_seeds(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -239,8 +246,7 @@ def _find(args: argparse.Namespace) -> int:
 def _found(args: argparse.Namespace) -> str:
     def share(**changed: Any) -> float:
         found, _ = simulated(argparse.Namespace(**(vars(args) | changed)))
-        asked = found.summary["completed"] + found.summary["failed"]
-        good: float = found.summary["good_fraction"] * found.summary["completed"] / max(1, asked)
+        good: float = found.summary["good_fraction"]
         return good
 
     if args.find == "capacity":

@@ -22,6 +22,7 @@ class Account:
     """What one tenant asked for and got."""
 
     def __init__(self) -> None:
+        self.asked = 0
         self.requests = 0
         self.good = 0
         self.input_tokens = 0
@@ -51,14 +52,13 @@ class Accounts:
     def __len__(self) -> int:
         return len(self.of)
 
-    def open(self, tenant: str) -> None:
-        """Open an account for a tenant that has none."""
-        self.number[tenant] = len(self.number)
-        self.of[tenant] = Account()
-        count = len(self.number)
-        evictions = np.zeros((count, count), np.int64)
-        evictions[:-1, :-1] = self.evictions
-        self.evictions = evictions
+    def ask(self, tenant: str, times: int = 1) -> None:
+        """Count what a tenant wants served; one that has no account gets one."""
+        if tenant not in self.of:
+            self.number[tenant] = len(self.number)
+            self.of[tenant] = Account()
+            self.evictions = np.pad(self.evictions, ((0, 1), (0, 1)))
+        self.of[tenant].asked += times
 
     def finish(
         self, request: SimRequest, ended: FinishedSequence, ttft: float, e2el: float, *, good: bool
@@ -78,8 +78,7 @@ class Accounts:
     def merge(self, other: "Accounts") -> None:
         """Add the accounts of another engine."""
         for name in other.of:
-            if name not in self.of:
-                self.open(name)
+            self.ask(name, times=0)
         at = np.array([self.number[name] for name in other.of], np.int64)
         self.evictions[np.ix_(at, at)] += other.evictions
         for name, theirs in other.of.items():
@@ -91,12 +90,17 @@ class Accounts:
                     setattr(mine, field, getattr(mine, field) + value)
 
     def table(self, duration: float) -> dict[str, dict[str, Any]]:
-        """Return every tenant's account, in order of appearance."""
+        """Return every tenant's account, in order of appearance.
+
+        Args:
+            duration: Seconds that means over time are taken of.
+        """
         caused = self.evictions.sum(axis=1) - np.diagonal(self.evictions)
         suffered = self.evictions.sum(axis=0) - np.diagonal(self.evictions)
         return {
             name: {
                 "requests": account.requests,
+                "failed_requests": account.asked - account.requests,
                 "good_requests": account.good,
                 "input_tokens": account.input_tokens,
                 "output_tokens": account.output_tokens,
@@ -115,8 +119,11 @@ class Accounts:
         }
 
     def fairness(self) -> dict[str, float]:
-        """Return Jain's index over tenants, of the tokens served and of the speed they saw."""
-        served = [a for a in self.of.values() if a.requests]
-        tokens = np.array([a.input_tokens + a.output_tokens for a in served], np.float64)
-        speed = np.array([a.speed / a.requests for a in served], np.float64)
+        """Return Jain's index over all that asked, of tokens served and of the speed they saw.
+
+        Whoever got nothing has a share of nothing.
+        """
+        every = self.of.values()
+        tokens = np.array([a.input_tokens + a.output_tokens for a in every], np.float64)
+        speed = np.array([a.speed / max(1, a.requests) for a in every], np.float64)
         return {"jain_index_tokens": jain_index(tokens), "jain_index_speed": jain_index(speed)}

@@ -42,6 +42,7 @@ class _Stretch(NamedTuple):
     running: int
     waiting: int
     wasted: int  # slots of held blocks that are empty, after the first step
+    entries: int  # of all block tables, during the first step
     freed: int  # how many fewer each step after it leaves empty, but for the blocks it takes
     first: int  # tokens that the first step computes
     then: int  # those of each after it
@@ -56,6 +57,9 @@ class Occupancy:
     Attributes:
         series: Of the quantities in `SERIES`.
         most_tokens_per_second: The most that were drawn in any second.
+        entry_seconds: Block table entries in use, summed over time: a block that several sequences
+            share counts for each.
+        most_entries: The most that were in use in a step.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -64,6 +68,8 @@ class Occupancy:
         self._series = Series(SERIES)
         self._stretches: list[_Stretch] = []
         self._during: Float64 = np.zeros((1, len(SERIES)))
+        self._entries = 0  # during the step that was planned last
+        self._entry_seconds, self._most_entries = 0.0, 0
         self._second, self._tokens, self._most = -1, 0, 0
 
     @property
@@ -78,18 +84,48 @@ class Occupancy:
         self._unfold()
         return self._most
 
+    @property
+    def entry_seconds(self) -> float:
+        """Block table entries in use, summed over time."""
+        self._unfold()
+        return self._entry_seconds
+
+    @property
+    def most_entries(self) -> int:
+        """The most block table entries that were in use in a step."""
+        self._unfold()
+        return self._most_entries
+
+    def begin(self, now: float) -> None:
+        """Say when time begins, before anything is added: series are finest from there on."""
+        self._series.start = now
+
     def planned(self, plan: StepPlan) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
         pool = Pool.of(self._scheduler.manager)
         counts = pool.held, pool.cached, len(plan.rows), self._scheduler.num_waiting
-        waste = int((-plan.num_resident % self._size).sum())
+        self._entries, waste = self._in_use(plan.num_tokens)
         self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
+
+    def _in_use(self, num_tokens: int, ahead: int = 0) -> tuple[int, int]:
+        """Return how many table entries are in use, and how many of their slots are empty.
+
+        Args:
+            num_tokens: Those that the step computes; they count as there.
+            ahead: Entries in the tables that later steps need first.
+        """
+        table = self._scheduler.table
+        entries = int(table.num_blocks.sum()) - ahead
+        resident = int(table.num_resident.sum()) + table.num_groups * num_tokens
+        return entries, entries * self._size - resident
 
     def step(self, end: float, seconds: float, drawn: int) -> None:
         """Take in the step that was planned last: when it ended, how long it took, tokens drawn."""
         self._unfold()
         ends = np.array([end])
         self._series.add(ends, np.array([seconds]), self._during)
+        self._entry_seconds += self._entries * seconds
+        self._most_entries = max(self._most_entries, self._entries)
         self._count(ends.astype(np.int64), np.array([drawn]))
 
     def leap(self, leap: Leap, pool: Pool, ends: Float64, seconds: Float64) -> None:
@@ -101,7 +137,7 @@ class Occupancy:
         """
         assert leap.taken_at is not None
         batch, then = leap.decision.batch, int(leap.then.sum())
-        wasted = int((-(leap.resident + batch.counts) % self._size).sum())
+        entries, wasted = self._in_use(batch.num_tokens, len(leap.taken_at))
         self._stretches.append(
             _Stretch(
                 ends=ends,
@@ -111,6 +147,7 @@ class Occupancy:
                 running=len(leap.then),
                 waiting=self._scheduler.num_waiting,
                 wasted=wasted,
+                entries=entries,
                 freed=len(leap.resident) * then,
                 first=batch.num_tokens,
                 then=then,
@@ -129,7 +166,7 @@ class Occupancy:
         start = np.cumsum(steps) - steps
         # What each step is like, from what its leap began with.
         facts = np.repeat(np.array([(*e.pool, *e[4:]) for e in stretches]), steps, axis=0)
-        held, cached, blank, running, waiting, wasted, freed, first, then, drawn = facts.T
+        held, cached, blank, running, waiting, wasted, entries, freed, first, then, drawn = facts.T
         repeat = np.arange(len(facts)) - np.repeat(start, steps)
         fresh = self._taken_so_far(stretches, start, steps)
         ends = np.concatenate([each.ends for each in stretches])
@@ -143,6 +180,8 @@ class Occupancy:
         )
         seconds = np.concatenate([each.seconds for each in stretches])
         self._series.add(ends, seconds, np.stack(columns, axis=1).astype(np.float64))
+        self._entry_seconds += float(seconds @ (entries + fresh))
+        self._most_entries = max(self._most_entries, int((entries + fresh).max()))
         self._count(ends.astype(np.int64), drawn)
 
     @staticmethod

@@ -59,12 +59,12 @@ class Recorder:
 
     Attributes:
         latency: Per name of `LATENCIES`, its distribution in seconds.
+        refused: Requests that were not taken, by reason.
+        num_unsent: Follow-ups that nobody sends, because the conversation broke off.
         phases: The first 20,000 stretches of requests' lives; later ones are counted only.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, slo: Objective, tenants: Tenants, *, watch: bool = False
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, slo: Objective, *, watch: bool = False) -> None:
         rows = scheduler.table.num_rows
         self._scheduler = scheduler
         self._slo = slo
@@ -72,9 +72,11 @@ class Recorder:
         self._planned: Int64 = np.full(rows, -1, np.int64)  # the sequence that last ran in a row
         self._drew: Int64 = np.full(rows, -1, np.int64)  # the sequence that last drew in a row
         self._last: Float64 = np.zeros(rows)  # when it did
-        self.tenants = tenants
         self.latency = {name: Distribution() for name in LATENCIES}
         self.occupancy = Occupancy(scheduler)
+        self.tenants = Tenants(scheduler.manager, self.occupancy)
+        self.refused: Counter[str] = Counter()
+        self.num_unsent = 0
         self.num_good = 0
         self.num_ended: Counter[str] = Counter()
         self.input_tokens = 0
@@ -91,7 +93,21 @@ class Recorder:
     def add(self, seq_id: int, request: SimRequest, name: str) -> None:
         """Begin to follow a request."""
         self._lives[seq_id] = _Life(request, name)
+        self.tenants.ask(request.tenant)
         self.most_in_flight = max(self.most_in_flight, len(self._lives))
+
+    def refuse(self, request: SimRequest, reason: str) -> None:
+        """Count a request that was not taken, and what would have followed it."""
+        self.refused[reason] += 1
+        self.tenants.ask(request.tenant)
+        self._break_off(request)
+
+    def _break_off(self, request: SimRequest) -> None:
+        """Nobody goes on with a conversation after a request that was not served."""
+        while request.then is not None:
+            request = request.then
+            self.num_unsent += 1
+            self.tenants.ask(request.tenant)
 
     def begin(self, rows: Int32 | Int64, seq_ids: Int64, now: float) -> None:
         """Look at who computes in the step, or leap, that begins now: [B] each."""
@@ -129,8 +145,7 @@ class Recorder:
             life = self._lives[int(self._planned[row])]
             if self._drew[row] == self._planned[row]:
                 life.last = float(self._last[row])
-            ran = "prefill" if math.isnan(life.first) else "decode"
-            self._note(life, row, ran, life.began, now)
+            self._note_run(life, row, now)
             self._planned[row] = self._drew[row] = -1
             life.queued, life.row = now, -1
 
@@ -158,7 +173,7 @@ class Recorder:
         request, count = life.request, len(ended.token_ids)
         row = life.row
         if row >= 0:
-            self._note(life, row, "decode", max(life.first, life.began), now)
+            self._note_run(life, row, now)
             if self._planned[row] == ended.seq_id:
                 self._planned[row] = self._drew[row] = -1
         good = False
@@ -173,7 +188,9 @@ class Recorder:
                 self.latency["tpot"].add(tpot)
             good = self._slo.kept(ttft, tpot, e2el)
             self.num_good += good
-            self.tenants.accounts.finish(request, ended, ttft, e2el, good=good)
+            self.tenants.finish(request, ended, ttft, e2el, good=good)
+        else:
+            self._break_off(request)
         self.last_end = max(self.last_end, now)
 
     # Steps, by the array
@@ -203,6 +220,13 @@ class Recorder:
         self.begin(plan.rows, plan.seq_ids, begin)
         self.tenants.step(plan.rows, np.array([seconds]))
         self.occupancy.planned(plan)
+
+    def _note_run(self, life: _Life, row: int, now: float) -> None:
+        """Note what a sequence that leaves its row has done there last."""
+        if math.isnan(life.first):
+            self._note(life, row, "prefill", life.began, now)
+        else:
+            self._note(life, row, "decode", max(life.first, life.began), now)
 
     def _note(self, life: _Life, row: int, kind: str, begin: float, end: float) -> None:
         if not self._watch or math.isnan(begin):

@@ -105,7 +105,7 @@ def simulate(
         processes = 1
     shares = max(1, min(most_processes(processes), replicas))
 
-    def serve(number: int) -> tuple[list[Served], int]:
+    def serve(number: int) -> tuple[list[Served], float]:
         count = len(range(number, replicas, shares))
         engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(count)]
         if prepare is not None:
@@ -114,12 +114,11 @@ def simulate(
         cluster = Cluster(engines, route=routing, max_concurrency=max_concurrency)
         mine = workload if shares == 1 else workload.dealt(number, shares, replicas)
         cluster.run(mine, None if number else progress)
-        return [Served.by(engine) for engine in engines], cluster.num_unsent
+        return [Served.by(engine) for engine in engines], cluster.began
 
     found = in_processes(serve, shares)
     served = [found[i % shares][0][i // shares] for i in range(replicas)]
-    unsent = sum(each for _, each in found)
-    return _gather(served, unsent, workload, config, slo or Objective())
+    return _gather(served, found[0][1], workload, config, slo or Objective())
 
 
 def _with_blocks(config: EngineConfig, model: CostModel) -> EngineConfig:
@@ -137,15 +136,14 @@ def _with_blocks(config: EngineConfig, model: CostModel) -> EngineConfig:
 
 
 def _gather(
-    served: list[Served], unsent: int, workload: Workload, config: EngineConfig, slo: Objective
+    served: list[Served], began: float, workload: Workload, config: EngineConfig, slo: Objective
 ) -> SimResult:
     latency = {name: _merged([each.latency[name] for each in served]) for name in LATENCIES}
     occupancy, accounts = served[0].occupancy, served[0].accounts
     for each in served[1:]:
         occupancy.merge(each.occupancy)
         accounts.merge(each.accounts)
-    summary = _summary(served, latency, slo)
-    summary["unsent_follow_ups"] = unsent
+    summary = _summary(served, began, latency, slo)
     summary |= _pool(served, occupancy, config)
     summary |= accounts.fairness()
     summary["skipped_rows"] = dict(workload.skipped)
@@ -168,28 +166,31 @@ def _merged(parts: list[Distribution]) -> Distribution:
 
 
 def _summary(
-    served: list[Served], latency: dict[str, Distribution], slo: Objective
+    served: list[Served], began: float, latency: dict[str, Distribution], slo: Objective
 ) -> dict[str, Any]:
-    duration = max(max(each.last_end for each in served), 1e-9)
+    duration = max(max(each.last_end for each in served) - began, 1e-9)
     ends: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for each in served:
         ends.update(each.ends)
         refused.update(each.refused)
     completed = ends["length"] + ends["stop"]
+    unsent = sum(each.num_unsent for each in served)
+    failed = ends["error"] + refused.total() + unsent
     good = sum(each.num_good for each in served)
     inputs = sum(each.input_tokens for each in served)
     outputs = sum(each.output_tokens for each in served)
     found: dict[str, Any] = {
         "duration": duration,
         "completed": completed,
-        "failed": ends["error"] + refused.total(),
+        "failed": failed,
         "refused": dict(refused),
+        "unsent_follow_ups": unsent,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "request_throughput": completed / duration,
         "request_goodput": good / duration if slo.bounds else None,
-        "good_fraction": good / max(1, completed),
+        "good_fraction": good / max(1, completed + failed),
         "output_throughput": outputs / duration,
         "total_token_throughput": (inputs + outputs) / duration,
         "max_concurrent_requests": sum(each.most_in_flight for each in served),

@@ -23,6 +23,7 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
         accounts: Of its tenants.
         ends: Requests that ended, by reason.
         refused: Requests that it did not take, by reason.
+        num_unsent: Follow-ups that were not sent.
         num_good: Requests that kept the bounds.
         last_end: When its last request ended.
     """
@@ -33,6 +34,7 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
     accounts: Accounts
     ends: Counter[str]
     refused: Counter[str]
+    num_unsent: int
     input_tokens: int
     output_tokens: int
     num_good: int
@@ -54,7 +56,8 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
             occupancy=recorder.occupancy.series,
             accounts=recorder.tenants.accounts,
             ends=recorder.num_ended,
-            refused=replica.refused,
+            refused=recorder.refused,
+            num_unsent=recorder.num_unsent,
             input_tokens=recorder.input_tokens,
             output_tokens=recorder.output_tokens,
             num_good=recorder.num_good,

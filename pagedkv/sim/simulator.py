@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -20,7 +20,6 @@ from pagedkv.sim.executor import CostExecutor
 from pagedkv.sim.occupancy import Pool
 from pagedkv.sim.recorder import Recorder
 from pagedkv.sim.slo import Objective
-from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["ROUTES", "Cluster", "Replica"]
@@ -57,11 +56,9 @@ class Replica:
         self.num_leaps = 0
         self._leaps = leap
         self._requests: dict[str, SimRequest] = {}
-        tenants = Tenants(self.scheduler.manager)
-        self.recorder = Recorder(self.scheduler, slo or Objective(), tenants, watch=watch)
+        self.recorder = Recorder(self.scheduler, slo or Objective(), watch=watch)
         self.executor.on_plan = self.recorder.planned
         self.engine = Engine(self.scheduler, self.executor)
-        self.refused: Counter[str] = Counter()
 
     @property
     def busy(self) -> bool:
@@ -91,27 +88,31 @@ class Replica:
                 )
             )
         except NeverFits:
-            self.refused["larger than the pool"] += 1
+            self.recorder.refuse(request, "larger than the pool")
             return False
         except InvalidRequest as fault:
             long = "prompt_token_ids" in fault.where
-            self.refused["longer than the model takes" if long else "not accepted"] += 1
+            reason = "longer than the model takes" if long else "not accepted"
+            self.recorder.refuse(request, reason)
             return False
         self._requests[name] = request
         self.recorder.add(seq_ids[0], request, name)
         return True
 
-    def advance(self, until: float) -> list[SimRequest]:
+    def advance(self, until: float) -> list[tuple[SimRequest, bool]]:
         """Step until the clock reaches ``until``, nothing is left, or requests have ended.
 
         Returns:
-            The requests that ended in the last step.
+            The requests that ended in the last step, and of each whether it was served.
         """
-        ended: list[SimRequest] = []
+        ended: list[tuple[SimRequest, bool]] = []
         while not ended and self.clock < until and self.busy:
             leaping = self._leap(until) if self._leaps else None
             finished = self._step() if leaping is None else leaping
-            ended = [self._requests.pop(end.request_id) for end in finished]
+            ended = [
+                (self._requests.pop(end.request_id), end.finish_reason != "error")
+                for end in finished
+            ]
         return ended
 
     def _step(self) -> list[FinishedSequence]:
@@ -188,6 +189,9 @@ class Cluster:
         route: A name of `ROUTES`.
         max_concurrency: Users that send one request at a time: the next is held back, and counts
             as arrived, only when another has ended. None sends everything when it is due.
+
+    Attributes:
+        began: When the first request of the workload came.
     """
 
     def __init__(
@@ -220,7 +224,7 @@ class Cluster:
         self._held: deque[SimRequest] = deque()
         self._in_flight = 0
         self._feeds_back = True
-        self.num_unsent = 0
+        self.began = 0.0
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> None:
         """Serve a workload to its end.
@@ -232,6 +236,9 @@ class Cluster:
         self._feeds_back = workload.closed_loop or self._limit < LARGEST_INT32
         arrivals = iter(workload)
         coming = next(arrivals, None)
+        self.began = workload.began
+        for replica in self.replicas:
+            replica.recorder.occupancy.begin(self.began)
         while True:
             follow = self._due[0][0] if self._due else np.inf
             fresh = coming.arrival if coming is not None else np.inf
@@ -261,13 +268,10 @@ class Cluster:
         replica = self.replicas[self._route(self.replicas, number)]
         if replica.add(request, str(number)):
             self._in_flight += 1
-        else:  # whoever was refused does not go on with the conversation
-            while request.then is not None:
-                request = request.then
-                self.num_unsent += 1
 
-    def _advance(self, now: float) -> list[SimRequest]:
-        """Run replicas up to ``now``, the one that is furthest behind first; who ended.
+    def _advance(self, now: float) -> list[tuple[SimRequest, bool]]:
+        """Run replicas up to ``now``, the one that is furthest behind first; who ended, and whether
+        it was served.
 
         Stops at the first ends, since they may bring requests before ``now``. If none can, only
         the replica that what comes then goes to is run: its leaps are not cut by what others get.
@@ -286,14 +290,18 @@ class Cluster:
                 horizon = max(horizon, np.nextafter(replica.clock, np.inf))
             ended = replica.advance(horizon)
             if ended:
-                for request in ended:
-                    self._follow(request, replica.clock)
+                for request, served in ended:
+                    self._follow(request if served else None, replica.clock)
                 return ended
 
-    def _follow(self, request: SimRequest, now: float) -> None:
-        """A request has ended: what its user does next, and who may come in its place."""
+    def _follow(self, request: SimRequest | None, now: float) -> None:
+        """A request has ended: what its user does next, and who may come in its place.
+
+        Args:
+            request: None if it was not served; its user does not go on.
+        """
         self._in_flight -= 1
-        if request.then is not None:
+        if request is not None and request.then is not None:
             follow = msgspec.structs.replace(request.then, arrival=now + request.then.think)
             heapq.heappush(self._due, (follow.arrival, next(self._tie), follow))
         while self._held and self._in_flight < self._limit:

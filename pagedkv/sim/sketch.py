@@ -187,11 +187,15 @@ class Series:
         names: The quantities.
         bins: Half the most stretches kept.
         width: Seconds of a stretch at first.
+
+    Attributes:
+        start: When the first stretch begins; set it before anything is added.
     """
 
     def __init__(self, names: tuple[str, ...], bins: int = 512, width: float = 0.25) -> None:
         self.names = names
         self.width = width
+        self.start = 0.0
         self._sums: Float64 = np.zeros((2 * bins, len(names)))
         self._weights: Float64 = np.zeros(2 * bins)
         self._peaks: Float64 = np.zeros(len(names))
@@ -215,6 +219,7 @@ class Series:
         coming, self._coming, self._waiting = self._coming, [], 0
         ends, durations, values = (np.concatenate(parts) for parts in zip(*coming, strict=True))
         self._peaks = np.maximum(self._peaks, values.max(axis=0))
+        ends = ends - self.start
         while float(ends[-1]) >= self.width * len(self._weights):
             self._halve()
         at = (ends / self.width).astype(np.int64)
@@ -231,7 +236,7 @@ class Series:
         self.width *= 2
 
     def merge(self, other: "Series") -> None:
-        """Add what other replicas did at the same time, quantity by quantity.
+        """Add what other replicas did at the same time, quantity by quantity; both start alike.
 
         Peaks add up, so they bound the sum's peak from above.
         """
@@ -269,4 +274,4 @@ class Series:
         used = np.flatnonzero(self._weights > 0)
         rates = self._rates()[used]
         columns = dict(zip(self.names, rates.T.tolist(), strict=True))
-        return {"time": ((used + 0.5) * self.width).tolist(), **columns}
+        return {"time": (self.start + (used + 0.5) * self.width).tolist(), **columns}

@@ -5,56 +5,88 @@ import numpy as np
 from pagedkv.core.arrays import Float64, Int32
 from pagedkv.core.leap import Leap
 from pagedkv.core.manager import BlockManager
+from pagedkv.core.request import FinishedSequence
 from pagedkv.sim.accounts import Accounts
+from pagedkv.sim.occupancy import Occupancy
+from pagedkv.sim.workload import SimRequest
 
 __all__ = ["Tenants"]
 
 
 class Tenants:
-    """Accounts of all tenants of one engine; a single nameless tenant costs next to nothing.
+    """Accounts of all tenants of one engine; while only one runs, that costs next to nothing.
 
     A reclaimed block counts against the tenant whose sequence took it, and for the tenant that
     held it last; blocks that several sequences share count for each that holds them.
+
+    Args:
+        occupancy: Of the same engine: what all hold is what a tenant holds that is alone.
     """
 
-    def __init__(self, manager: BlockManager) -> None:
+    def __init__(self, manager: BlockManager, occupancy: Occupancy) -> None:
         self._manager = manager
-        self.accounts = Accounts()
+        self._occupancy = occupancy
+        self._accounts = Accounts()
+        self._alone: str | None = None  # who ran, as long as nobody else did
+        self._several = False
         self._of_row: Int32 = np.zeros(manager.table.num_rows, np.int32)
         self._owner: Int32 = np.full(manager.pool.num_blocks, -1, np.int32)
         self._lost: list[Int32] = []
         manager.on_reclaim = self._lost.append
 
+    @property
+    def accounts(self) -> Accounts:
+        """The accounts, of all that came so far."""
+        if self._alone is not None:  # what was held, this one tenant held
+            account = self._accounts.of[self._alone]
+            account.block_seconds = self._occupancy.entry_seconds
+            account.most_blocks = self._occupancy.most_entries
+        return self._accounts
+
+    def ask(self, tenant: str) -> None:
+        """Count a request that a tenant wants served."""
+        self._accounts.ask(tenant)
+
     def enter(self, row: int, tenant: str) -> None:
-        """A sequence of a tenant begins to run in a row."""
-        if tenant not in self.accounts.number:
-            self.accounts.open(tenant)
-            if len(self.accounts) == 2:  # until now there was nobody else to keep apart
-                self._owner[:] = 0
-        self._of_row[row] = self.accounts.number[tenant]
+        """A sequence of a tenant that has asked begins to run in a row."""
+        if not self._several and tenant != self._alone:
+            if self._alone is None:
+                self._alone = tenant
+            else:  # until now there was nobody else to keep apart
+                self._owner[:] = self.accounts.number[self._alone]
+                self._alone, self._several = None, True
+        self._of_row[row] = self._accounts.number[tenant]
+
+    def finish(
+        self, request: SimRequest, ended: FinishedSequence, ttft: float, e2el: float, *, good: bool
+    ) -> None:
+        """Book a request that was served to its end."""
+        self._accounts.finish(request, ended, ttft, e2el, good=good)
 
     def step(self, rows: Int32, seconds: Float64, leap: Leap | None = None) -> None:
-        """Count what rows hold while a step, or a leap, runs; call it before ends free theirs.
+        """Count what is held while a step, or a leap, runs; call it before ends free theirs.
 
         Args:
             seconds: [K] How long each of the steps took.
             leap: If they are the steps of one.
         """
         lost, self._lost[:] = list(self._lost), []
-        if len(self.accounts) < 2:
+        if not self._several:
             return
-        table = self._manager.table
+        table, accounts = self._manager.table, self._accounts
+        if len(seconds) == 1:  # who runs and does not compute holds blocks as well
+            rows, leap = table.running, None
         mine = self._of_row[rows]
         held = table.num_blocks[:, rows]
-        most = np.bincount(mine, held.sum(axis=0), len(self.accounts)).tolist()
+        most = np.bincount(mine, held.sum(axis=0), len(accounts)).tolist()
         spent = most
         if leap is not None:  # blocks were taken on the way
             repeats = np.arange(len(seconds))[:, None, None] * leap.then
             resident = leap.resident + leap.decision.batch.counts + repeats
             blocks_then = -(-resident // table.block_size)
             weighed = np.tensordot(seconds, blocks_then.sum(axis=1), 1)
-            spent = np.bincount(mine, weighed, len(self.accounts)).tolist()
-        for account, peak, area in zip(self.accounts.of.values(), most, spent, strict=True):
+            spent = np.bincount(mine, weighed, len(accounts)).tolist()
+        for account, peak, area in zip(accounts.of.values(), most, spent, strict=True):
             account.block_seconds += area * (float(seconds[0]) if leap is None else 1.0)
             account.most_blocks = max(account.most_blocks, int(peak))
         width = int(held.max(initial=0))
@@ -66,4 +98,4 @@ class Tenants:
         if before is not None:
             after = self._owner[np.concatenate(lost)]
             known = before >= 0
-            np.add.at(self.accounts.evictions, (after[known], before[known]), 1)
+            np.add.at(accounts.evictions, (after[known], before[known]), 1)

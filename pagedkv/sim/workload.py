@@ -72,6 +72,15 @@ class Workload:
         self.closed_loop = closed_loop
         self.skipped: Counter[str] = Counter() if skipped is None else skipped
         self._source = source
+        self._began: float | None = None
+        self._whole: Workload | None = None  # if this is one of several parts of it
+
+    @property
+    def began(self) -> float:
+        """When the first request came, of the whole if this is a part of one; 0 if unread."""
+        if self._whole is not None:
+            return self._whole.began
+        return self._began or 0.0
 
     def __iter__(self) -> Iterator[SimRequest]:
         """Read from the start.
@@ -88,6 +97,8 @@ class Workload:
                     remedy="sort the requests by arrival",
                 )
             before = request.arrival
+            if self._began is None:
+                self._began = before
             yield request
 
     def head(self, count: int | None) -> "Workload":
@@ -124,7 +135,9 @@ class Workload:
                 if i % replicas % processes == number:
                     yield request
 
-        return self._derived(source)
+        made = self._derived(source)
+        made._whole = self
+        return made
 
     def faster(self, speedup: float) -> "Workload":
         """Return the workload with arrivals ``speedup`` times as dense; think times stay.

@@ -42,7 +42,7 @@ def test_one_request_takes_the_sum_of_its_steps():
     assert found.summary["mean_ttft_ms"] == pytest.approx(1000 * first)
     assert found.summary["mean_e2el_ms"] == pytest.approx(1000 * (first + rest))
     assert found.summary["mean_tpot_ms"] == pytest.approx(1000 * rest / 2)
-    assert found.summary["duration"] == pytest.approx(2 + first + rest)
+    assert found.summary["duration"] == pytest.approx(first + rest)
     assert found.summary["num_steps"] == 4
     assert found.latency["itl"].count == 2
 
@@ -184,8 +184,20 @@ def test_a_refused_turn_takes_its_follow_ups_along_and_they_are_counted():
     first = request(0, 10, 4, 1, then=second)
     found = pagedkv.simulate(config(), listed(first, closed_loop=True))
     assert found.summary["completed"] == 1
-    assert found.summary["failed"] == 1
+    assert found.summary["refused"] == {"larger than the pool": 1}
     assert found.summary["unsent_follow_ups"] == 1
+    assert found.summary["failed"] == 2
+    assert found.tenants[""]["failed_requests"] == 2
+
+
+def test_nobody_goes_on_with_a_conversation_that_outgrew_the_pool():
+    second = request(0, 10, 4, 2, think=1.0)
+    first = request(0, 10, 4000, 1, then=second)
+    found = pagedkv.simulate(config(20), listed(first, closed_loop=True))
+    assert found.summary["completed"] == 0
+    assert found.summary["refused"] == {}
+    assert found.summary["unsent_follow_ups"] == 1
+    assert found.summary["failed"] == 2
 
 
 def test_a_follow_up_comes_its_think_time_after_the_answer():
