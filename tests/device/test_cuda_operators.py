@@ -95,7 +95,6 @@ def test_decode_and_prefill_in_one_batch(make: Make) -> None:
 @pytest.mark.parametrize(
     ("make", "block_size", "dim"),
     [
-        (interpreted, 32, 32),
         (interpreted, 64, 16),
         (interpreted, 48, 16),
         (gathered, 48, 16),

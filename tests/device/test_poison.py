@@ -96,7 +96,6 @@ def test_a_read_of_a_freed_block_ends_a_request_only_when_audited(
         {"eviction": "score=sum + budget=16 + chunk=8 + unit=token"},
         {"eviction": "h2o", "granularity": "head", "num_blocks": 2000},
         {"num_blocks": 34, "num_cpu_blocks": 60, "swap_cost": 0.0},
-        {"num_blocks": 30},
         {"kv_cache_dtype": "int8"},
     ],
     ids=str,
