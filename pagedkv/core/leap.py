@@ -32,8 +32,9 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
     Attributes:
         decision: Of the first step.
         then: [B] How many tokens each row computes in every step after it.
+        more: Their sum.
         drawing: [S] The rows that draw a token in each step; the others' prompts go on after it.
-        resident: [groups, B] Tokens resident before the first step.
+        resident: [groups, B] Tokens resident after the first step.
         room: The step, counted from 1, with which the first of them ends.
         steps: The most steps, or those to commit; 1 at least.
         taken_at: [N] Of each block taken after the first step, the step, counted from 0; known
@@ -42,6 +43,7 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
 
     decision: Decision
     then: Int32
+    more: int
     drawing: Int64
     resident: Int32
     room: int
@@ -82,19 +84,26 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
     rows, first = batch.rows.astype(np.intp), batch.counts
     known = table.num_known[rows]
     left = known - table.num_computed[rows] - first
-    then, drawing = np.ones(len(rows), np.int32), rows
+    then, more, drawing = np.ones(len(rows), np.int32), len(rows), rows
     goes_on = np.count_nonzero(left) > 0  # a prompt
     if goes_on:
         drawing, known = rows[left == 0], known[left == 0]
     room = int((table.limit[drawing] - known).min(initial=FAR))
-    resident = table.num_resident[:, rows]
+    resident = table.num_resident[:, rows] + first
     steps = min(most, room, _repeats(scheduler, decision, left))
     if steps > 1:
         if goes_on:
-            then[-1] = _chunk(scheduler, len(rows))
-        steps = 1 + _growth_steps(manager, rows, resident + first, then, steps - 1)
+            then[-1] = chunk = _chunk(scheduler, len(rows))
+            more += chunk - 1
+        steps = 1 + _growth_steps(manager, rows, resident, then, more, steps - 1)
     return Leap(
-        decision=decision, then=then, drawing=drawing, resident=resident, room=room, steps=steps
+        decision=decision,
+        then=then,
+        more=more,
+        drawing=drawing,
+        resident=resident,
+        room=room,
+        steps=steps,
     )
 
 
@@ -147,7 +156,7 @@ def _until_admission(scheduler: Scheduler, decision: Decision) -> int:
 
 
 def _growth_steps(
-    manager: BlockManager, rows: Int64, resident: Int32, then: Int32, most: int
+    manager: BlockManager, rows: Int64, resident: Int32, then: Int32, more: int, most: int
 ) -> int:
     """Return for how many steps, at most ``most``, rows can grow by blanks and, with one group, by
     cached blocks alone.
@@ -155,11 +164,12 @@ def _growth_steps(
     Args:
         resident: [groups, B] Tokens resident before them.
         then: [B] Tokens that each row gains per step.
+        more: Their sum.
     """
     size, groups = manager.block_size, manager.num_groups
     # Reclaiming one group's block blanks its siblings, so then the order of steps matters.
     room = manager.pool.num_available - (manager.pool.num_cached if groups > 1 else 0)
-    if (len(rows) + int(then.sum()) * most // size) * groups <= room:
+    if (len(rows) + more * most // size) * groups <= room:
         return most
     held = manager.table.num_blocks[:, rows]
 
@@ -205,15 +215,17 @@ def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
         batch = batch.over(leap.counts(steps))
     scheduler.tenants.charge(batch.tenants, batch.first_time)
     scheduler.manager.advance(batch)
-    table.num_known[leap.drawing] += np.int32(steps)
-    scheduler.tenants.charge(table.tenant[leap.drawing], steps)
+    known = table.num_known[leap.drawing] + np.int32(steps)
+    table.num_known[leap.drawing] = known
+    all_draw = len(leap.drawing) == len(batch.rows)
+    tenants = batch.tenants if all_draw else table.tenant[leap.drawing]
+    scheduler.tenants.charge(tenants, steps)
     if scheduler.config.scheduler.admission == "optimistic":
         for _ in range(steps - 1):
             scheduler.admission.step()
     scheduler.totals.num_steps += steps - 1
     scheduler.totals.generation_tokens += steps * len(leap.drawing)
     if steps == leap.room:
-        known = table.num_known[leap.drawing]
         full, last = known >= table.limit[leap.drawing], table.token_ids[leap.drawing, known - 1]
         scheduler._finish_ended(leap.drawing, last, np.zeros_like(full), full)
     finished, roster.finished = roster.finished, []
@@ -245,7 +257,7 @@ def _grow(manager: BlockManager, leap: Leap, steps: int) -> Int32:
     if not steps:
         return NEVER
     batch, size = leap.decision.batch, manager.block_size
-    resident, held = leap.resident + batch.counts, manager.table.num_blocks[:, batch.at]
+    resident, held = leap.resident, manager.table.num_blocks[:, batch.at]
     fresh = -(-(resident + steps * leap.then) // size) - held
     many = fresh.ravel()
     grows = many.nonzero()[0]

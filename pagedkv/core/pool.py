@@ -89,7 +89,8 @@ class BlockPool:
         self._num_blank -= from_blank
         ids = self._blank[self._num_blank : self._num_blank + from_blank][::-1].copy()
         if from_blank < count:
-            ids = np.concatenate([ids, self.cached.pop(count - from_blank)])
+            cached = self.cached.pop(count - from_blank)
+            ids = np.concatenate([ids, cached]) if from_blank else cached
             self.num_reclaimed += count - from_blank
         self.cached.reset(ids)
         self._state[ids] = 1

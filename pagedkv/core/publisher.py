@@ -39,13 +39,14 @@ class Publisher:
         """
         table, size = self._table, self._size
         may = table.publishable(rows)
-        rows, first, counts = rows[may], first[may], (end - first)[may]
+        if np.count_nonzero(may) < len(may):
+            rows, first, end = rows[may], first[may], end[may]
+        digests, counts = self.digests(rows, first, end), end - first
         row, block = rows, first
-        if len(rows) and counts.max() > 1:
+        if len(digests) > len(rows):
             row = np.repeat(rows, counts)
             begin = np.repeat(np.cumsum(counts) - counts, counts)
             block = np.repeat(first, counts) + (np.arange(len(row)) - begin).astype(np.int32)
-        digests = self.digests(rows, first, first + counts)
         # Blocks that left a sliding window without loss moved the later ones forward.
         gone = (table.num_computed[row] - table.num_resident[:, row]) // size
         groups = np.arange(table.num_groups)[:, None]
@@ -84,21 +85,30 @@ class Publisher:
         Their sequences' chains are lengthened by those that they lack.
         """
         table, size = self._table, self._size
-        # What decoding fills can be gathered at once, a block per row.
-        content = table.token_ids[rows[:, None], first[:, None] * size + np.arange(size)].tobytes()
-        stride = size * table.token_ids.itemsize
+        content, stride = b"", size * table.token_ids.itemsize
         found: list[bytes] = []
         spans = zip(rows.tolist(), first.tolist(), end.tolist(), strict=True)
         for i, (row, begin, stop) in enumerate(spans):
             seq = table.sequences[row]
             assert seq is not None
             hashes = seq.hashes
-            if begin and len(hashes) == begin == stop - 1:
-                hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
-            elif len(hashes) < stop:
-                extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
+            if len(hashes) < stop:
+                if begin and len(hashes) == begin == stop - 1:
+                    content = content or self._content(rows, first)
+                    hashes.append(block_digest(hashes[-1], content[i * stride : (i + 1) * stride]))
+                else:
+                    extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
             found += hashes[begin:stop]
         return found
+
+    def _content(self, rows: Int32, first: Int32) -> bytes:
+        """Return the tokens of a block of each row, one after the other: what decoding fills is
+        gathered at once.
+        """
+        size = self._size
+        return self._table.token_ids[
+            rows[:, None], first[:, None] * size + np.arange(size)
+        ].tobytes()
 
     def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: list[int]) -> None:
         ends = np.cumsum(counts).tolist()

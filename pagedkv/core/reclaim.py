@@ -202,7 +202,7 @@ class CachedOrder:
             if not line.count and self.order != "lru":
                 heapq.heappop(self._heap)
                 del self._lines[level]
-        ids = np.concatenate(taken)
+        ids = np.concatenate(taken) if len(taken) > 1 else taken[0]
         self._state[ids] = 0
         self._count -= count
         return ids
@@ -232,7 +232,7 @@ class CachedOrder:
             taken.append(window[live])
             count -= len(live)
             line.head = end if count else line.head + int(live[-1]) + 1
-        return np.concatenate(taken)
+        return np.concatenate(taken) if len(taken) > 1 else taken[0]
 
     def all(self) -> Int32:
         """Return every block in the order, the next to go first. O(blocks)."""

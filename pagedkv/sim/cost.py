@@ -202,12 +202,11 @@ def leap_work(leap: Leap, block_size: int) -> tuple[StepWork, StepWork | None]:
     batch, resident = leap.decision.batch, leap.resident
     groups, rows = len(resident), len(leap.then)
     _, _, moves, swaps, copies = leap.decision
-    held = int(resident.sum())
-    context = held + groups * batch.num_tokens
-    pairs = held + groups * rows / 2
+    context = int(resident.sum())
+    pairs = context - groups * rows / 2
     if not batch.decodes:
         counts = batch.counts.astype(np.int64)
-        pairs = int((resident @ counts).sum()) + groups * int(counts @ counts) / 2
+        pairs = int((resident @ counts).sum()) - groups * int(counts @ counts) / 2
     first = StepWork(
         num_tokens=batch.num_tokens,
         context_tokens=context / groups,
@@ -224,13 +223,12 @@ def _repeated(leap: Leap, context: int) -> StepWork:
     Args:
         context: Resident tokens after the first step, over all groups.
     """
-    groups, rows, more = len(leap.resident), len(leap.then), int(leap.then.sum())
+    groups, rows, more = len(leap.resident), len(leap.then), leap.more
     repeat: Float64 = np.arange(leap.steps - 1, dtype=np.float64)
     chunk = more - rows + 1  # what the last row computes; 1 if it draws like the others
     base = context
     if chunk > 1:
-        last = leap.resident[:, -1] + leap.decision.batch.counts[-1]
-        base += (chunk - 1) * int(last.sum())
+        base += (chunk - 1) * int(leap.resident[:, -1].sum())
     return StepWork(
         num_tokens=more,
         context_tokens=(repeat * (groups * more) + (context + groups * more)) / groups,

@@ -8,7 +8,7 @@ from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
-from pagedkv.sim.content import lane_tokens, stream_lanes, stream_tokens
+from pagedkv.sim.content import stream_tokens, text
 from pagedkv.sim.cost import CostModel, leap_work, step_work
 
 __all__ = ["CostExecutor"]
@@ -38,8 +38,8 @@ class CostExecutor:
         self.swapped_tokens = 0
         self.on_plan: Callable[[StepPlan, float, float], None] | None = None
         self._block_size = block_size
-        self._seq_ids: Int64 = np.empty(0, np.int64)  # by row, whose lanes stand in the row
-        self._lanes: Int64 = np.empty((2, 0), np.int64)
+        self._seq_ids: Int64 = np.empty(0, np.int64)  # by row, whose answer stands in the row
+        self._answers: Int32 = np.empty((0, 0), np.int32)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Let the clock run by what the plan costs, and answer it."""
@@ -87,13 +87,21 @@ class CostExecutor:
         rows, seq_ids = leap.drawing, table.seq_id[leap.drawing]
         if len(self._seq_ids) < table.num_rows:
             self._seq_ids = np.full(table.num_rows, -1, np.int64)
-            self._lanes = np.zeros((2, table.num_rows), np.int64)
-        new = rows[self._seq_ids[rows] != seq_ids]
-        if len(new):
-            self._seq_ids[new] = table.seq_id[new]
-            self._lanes[:, new] = stream_lanes(table.sampling["seed"][new])
-        position = table.num_known[rows] - table.num_prompt[rows]
-        return lane_tokens(self._lanes[:, rows], position + np.arange(num_steps)[:, None])
+        for row in rows[self._seq_ids[rows] != seq_ids].tolist():
+            self._seq_ids[row] = table.seq_id[row]
+            self._prepare(row, int(table.sampling["seed"][row]), table)
+        first = rows * self._answers.shape[1] + table.num_known[rows] - table.num_prompt[rows]
+        tokens: Int32 = self._answers.reshape(-1)[first + np.arange(num_steps)[:, None]]
+        return tokens
+
+    def _prepare(self, row: int, stream: int, table: SequenceTable) -> None:
+        """Write down all that a row's sequence will generate."""
+        length = int(table.limit[row] - table.num_prompt[row])
+        if length > self._answers.shape[1]:
+            wider = np.zeros((table.num_rows, length), np.int32)
+            wider[: len(self._answers), : self._answers.shape[1]] = self._answers
+            self._answers = wider
+        self._answers[row, :length] = text(stream, length).token_ids()
 
     def land(self, leap: Leap, end: float) -> None:
         """Set the clock to the end of a leap, and count what it moved."""

@@ -136,7 +136,7 @@ class Occupancy:
             ends, seconds: [K] When each step ended, and how long it took.
         """
         assert leap.taken_at is not None
-        batch, then = leap.decision.batch, int(leap.then.sum())
+        batch = leap.decision.batch
         entries, wasted = self._in_use(batch.num_tokens, len(leap.taken_at))
         self._stretches.append(
             _Stretch(
@@ -148,9 +148,9 @@ class Occupancy:
                 waiting=self._scheduler.num_waiting,
                 wasted=wasted,
                 entries=entries,
-                freed=len(leap.resident) * then,
+                freed=len(leap.resident) * leap.more,
                 first=batch.num_tokens,
-                then=then,
+                then=leap.more,
                 drawn=len(leap.drawing),
             )
         )

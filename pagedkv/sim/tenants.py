@@ -82,8 +82,7 @@ class Tenants:
         spent = most
         if leap is not None:  # blocks were taken on the way
             repeats = np.arange(len(seconds))[:, None, None] * leap.then
-            resident = leap.resident + leap.decision.batch.counts + repeats
-            blocks_then = -(-resident // table.block_size)
+            blocks_then = -(-(leap.resident + repeats) // table.block_size)
             weighed = np.tensordot(seconds, blocks_then.sum(axis=1), 1)
             spent = np.bincount(mine, weighed, len(accounts)).tolist()
         for account, peak, area in zip(accounts.of.values(), most, spent, strict=True):

@@ -77,9 +77,10 @@ def test_the_work_of_a_leap_is_each_step_s_own():
     leap = Leap(
         decision=decision,
         then=np.array([1, 1, 8], np.int32),
+        more=10,
         drawing=np.array([0, 1]),
         room=9,
-        resident=np.array([[5, 17, 100]], np.int32),
+        resident=np.array([[6, 18, 120]], np.int32),
         steps=4,
     )
     first, rest = leap_work(leap, 16)
