@@ -55,7 +55,7 @@ class Double:
         self.kind = choose_operator("cuda", torch.float16, stored=stored, head_dim=32)
         self.here, self.mode, self.kernel = llm.engine.executor, fake_device(), Launcher()
         self.steps: list[tuple[StepPlan, Crossings, int]] = []
-        monkeypatch.setattr(bias, "_send", lambda _device, array: unknown(array))
+        monkeypatch.setattr(bias, "_send", self.send_alone)
         for module in (observer, sampling):
             monkeypatch.setattr(module, "fetch", self.fetch)
         # Single slots are gathered, by another operator of the same kernel.
@@ -63,6 +63,10 @@ class Double:
         monkeypatch.setattr(SplitKPagedOp, "by_slot", by_slot)
         self.there, self.inside = self._build(llm), False
         llm.engine.executor = self
+
+    def send_alone(self, _device: torch.device, array: np.ndarray) -> torch.Tensor:
+        self.crossings.sent += 1
+        return unknown(array)
 
     def fetch(self, tensor: torch.Tensor) -> np.ndarray:
         return zeros_for(tensor) if self.inside else tensor.detach().cpu().numpy()
@@ -97,10 +101,10 @@ class Double:
 
     def _watch(self, plan: StepPlan) -> None:
         before, self.inside = self.kernel.launches, True
-        with self.mode, Crossings() as crossings:
+        with self.mode, Crossings() as self.crossings:
             self.there.execute(plan)
         self.inside = False
-        self.steps.append((plan, crossings, self.kernel.launches - before))
+        self.steps.append((plan, self.crossings, self.kernel.launches - before))
 
 
 @pytest.fixture
