@@ -13,7 +13,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -78,6 +78,8 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 ) from None
             except msgspec.ValidationError as fault:
                 expected = str(fault).split(" - at ")[0].split(", got ")[0]
+                if get_origin(hint) is Literal:
+                    expected = " or ".join(map(repr, get_args(hint)))
                 raise self.error(
                     f"{name} is {value!r}",
                     where=where,

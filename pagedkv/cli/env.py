@@ -3,7 +3,6 @@
 import argparse
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -88,7 +87,7 @@ def _attention(compile_kernels: bool) -> dict[str, Any]:
     for dtype in DTYPES:
         try:
             operator = choose_operator("cpu", getattr(torch, dtype)).NAME
-            state = _kernel(dtype) if compile_kernels else _on_disk()
+            state = _kernel(dtype) if compile_kernels else _on_disk(dtype)
             facts[dtype] = f"{operator}, {_lanes()}, {state}"
         except UnsupportedBackend as fault:
             facts[dtype] = f"none: {fault}"
@@ -126,17 +125,10 @@ def _kernel(dtype: str) -> str:
     return f"kernel ready after {time.perf_counter() - start:.1f} s"
 
 
-def _on_disk() -> str:
-    """Whether numba's cache has a kernel younger than the kernel's sources."""
-    from pagedkv.device.cpu import kernel
+def _on_disk(dtype: str) -> str:
+    from pagedkv.device.cpu.kernel import cached
 
-    here = Path(kernel.__file__).parent
-    newest = max(path.stat().st_mtime for path in kernel.sources())
-    folder = os.environ.get("NUMBA_CACHE_DIR")
-    found = Path(folder).rglob("kernel.*.nbc") if folder else here.rglob("kernel.*.nbc")
-    if any(path.stat().st_mtime > newest for path in found):
-        return "kernel cached on disk"
-    return "kernel compiles when an engine is made"
+    return "kernel cached on disk" if cached(dtype) else "kernel compiles when an engine is made"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -151,7 +151,7 @@ def _examined(network: Any, tokenizer: Any, name: str) -> LoadedModel:
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ConfigError(
             f"{name!r} is not a dtype that models can be loaded in",
             where="dtype",
@@ -163,7 +163,7 @@ def _dtype(name: str) -> torch.dtype:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"{name!r} is not a torch device", where="device", remedy='use "cpu" or "cuda"'
         ) from error

@@ -75,8 +75,9 @@ def check_memory(
     """
     total = memory.total(torch.device(device))
     if num_bytes > total:
+        tenths = 10 * num_bytes >> 30  # whole numbers: what was asked may be beyond any float
         raise ConfigError(
-            f"the blocks take {num_bytes / 2**30:.1f} GiB and {device} has {total / 2**30:.1f} GiB",
+            f"the blocks take {tenths // 10}.{tenths % 10} GiB and {device} has {total / 2**30:.1f} GiB",
             where=where,
             remedy=f"lower {where.partition('.')[2]}",
         )

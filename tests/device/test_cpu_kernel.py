@@ -7,11 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba import types
+from numba.core.caching import CacheImpl
 
-from pagedkv.device.cpu import call, kernel, layout
+from pagedkv.device.cpu import call, kernel, layout, native
 from pagedkv.device.cpu.work import Shape, cut
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.store import KVStore
@@ -94,11 +97,48 @@ def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_failing_to_compile_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: object, **_options: object) -> object:
-        raise RuntimeError("no cache locator")
+        raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(kernel, "cfunc", broken)
-    with pytest.raises(UnsupportedBackend, match=r"pagedkv_cpu was tried .*no cache locator"):
+    monkeypatch.setattr(native, "cfunc", broken)
+    with pytest.raises(UnsupportedBackend, match=r"pagedkv_cpu was tried .*no such instruction"):
         kernel._worker.__wrapped__("float32")
+
+
+SMALL = types.void(types.int64)
+
+
+def small(_address: int) -> None:
+    """So little that compiling it takes no time."""
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_cached_is_known_without_compiling(empty_cache: Path) -> None:
+    assert not native.on_disk(SMALL, small)
+    assert not list(empty_cache.rglob("*.nbc"))
+    native.compile_native(SMALL, small, "a function")
+    assert native.on_disk(SMALL, small)
+    assert not native.on_disk(types.void(types.int32), small)
+
+
+def test_a_damaged_cache_costs_compiling_and_is_said(empty_cache: Path) -> None:
+    native.compile_native(SMALL, small, "a function")
+    (index,) = empty_cache.rglob("*.nbi")
+    index.write_bytes(b"")
+    assert not native.on_disk(SMALL, small)
+    with pytest.warns(RuntimeWarning, match=r"a function was compiled without .*NUMBA_CACHE_DIR"):
+        assert native.compile_native(SMALL, small, "a function").address
+
+
+def test_nowhere_to_cache_costs_compiling_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert not native.on_disk(SMALL, small)
+    with pytest.warns(RuntimeWarning, match="cannot cache function"):
+        assert native.compile_native(SMALL, small, "a function").address
 
 
 @pytest.mark.parametrize(

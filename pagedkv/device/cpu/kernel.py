@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import binding  # type: ignore[import-untyped]
-from numba import cfunc, types
+from numba import types
 
 from pagedkv.errors import UnsupportedBackend
 
@@ -62,6 +62,7 @@ from .layout import (
     pad,
 )
 from .narrow import run_narrow
+from .native import compile_native, on_disk
 from .simd import (
     HAS_HALF,
     LANES,
@@ -187,6 +188,7 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
 # ---- compiling and running ----------------------------------------------------------------
 
 
+SIGNATURE = types.void(types.int64)
 _PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product", "wide", "kernel")
 
 
@@ -201,15 +203,8 @@ def _source_digest() -> str:
     return hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
 
 
-@cache
-def _worker(kind: str) -> Any:
-    """The compiled worker for one storage kind; the object must outlive its address."""
-    if kind == "float16" and not HAS_HALF:
-        raise UnsupportedBackend(
-            "this processor has no instruction that converts fp16",
-            where="device.cpu",
-            remedy="use float32 or bfloat16",
-        )
+def _function(kind: str) -> Any:
+    """The worker for one storage kind, as it is to be compiled."""
     # Dummy scalars whose types tell `simd` how to read what is stored.
     samples = {"float32": np.float32(0), "float16": np.uint16(0), "bfloat16": np.int16(0)}
     sample, digest = samples.get(kind, np.int8(0)), _source_digest()
@@ -219,15 +214,24 @@ def _worker(kind: str) -> Any:
         digest  # noqa: B018  part of the cache key
         _work(asked, sample, params)
 
-    try:
-        return cfunc(types.void(types.int64), cache=True, error_model="numpy")(worker)
-    except Exception as error:  # numba raises many unrelated kinds; all mean the same here
+    return worker
+
+
+@cache
+def _worker(kind: str) -> Any:
+    """The compiled worker for one storage kind; the object must outlive its address."""
+    if kind == "float16" and not HAS_HALF:
         raise UnsupportedBackend(
-            f"pagedkv_cpu was tried and refused: its kernel did not compile for {kind} "
-            f"({type(error).__name__}: {error})",
+            "this processor has no instruction that converts fp16",
             where="device.cpu",
-            remedy="install a numba that supports this Python, or use ReferenceOp",
-        ) from error
+            remedy="use float32 or bfloat16",
+        )
+    return compile_native(SIGNATURE, _function(kind), f"the kernel for {kind}")
+
+
+def cached(kind: str) -> bool:
+    """Return whether the kernel for a storage kind lies compiled on disk. Cost: loading it."""
+    return on_disk(SIGNATURE, _function(kind))
 
 
 def warmup(kinds: tuple[str, ...] = ("float32",)) -> None:

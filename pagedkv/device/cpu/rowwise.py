@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import types
 from torch import Tensor
 
-from pagedkv.errors import UnsupportedBackend
-
 from .kernel import sources
+from .native import compile_native
 from .simd import (
     LANES,
     Address,
@@ -119,18 +118,10 @@ def _compiled(name: str) -> Any:
         digest  # noqa: B018  part of the cache key
         _norm(source, weight, out, rows, size, epsilon)
 
-    try:
-        if name == "rotate":
-            compiled = cfunc(types.void(*[types.int64] * 15), cache=True, error_model="numpy")
-            return compiled(rotation).ctypes
-        kinds = [*[types.int64] * 5, types.float32]
-        return cfunc(types.void(*kinds), cache=True, error_model="numpy")(norm).ctypes
-    except Exception as error:  # numba raises many unrelated kinds; all mean the same here
-        raise UnsupportedBackend(
-            f"{name} did not compile ({type(error).__name__}: {error})",
-            where="device.cpu",
-            remedy="install a numba that supports this Python",
-        ) from error
+    if name == "rotate":
+        return compile_native(types.void(*[types.int64] * 15), rotation, name).ctypes
+    kinds = [*[types.int64] * 5, types.float32]
+    return compile_native(types.void(*kinds), norm, name).ctypes
 
 
 def get_ready() -> None:
