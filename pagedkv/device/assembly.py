@@ -1,34 +1,16 @@
 """An engine around a loaded model, for those who want its parts rather than an `LLM`."""
 
-import msgspec
-
-from pagedkv.config import EngineConfig, ModelConfig
+from pagedkv.config import EngineConfig, audit_enabled
 from pagedkv.core.engine import Engine
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
-from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.models import LoadedModel
-from pagedkv.device.store import KVStore
+from pagedkv.device.poison import Poison
+from pagedkv.device.sizing import fitted
+from pagedkv.device.store import KVStore, storage_dtype
 
-__all__ = ["assemble", "model_facts"]
-
-
-def model_facts(geometry: ModelGeometry, max_model_len: int | None = None) -> ModelConfig:
-    """Return what block management needs to know of a model.
-
-    Args:
-        max_model_len: The longest sequence; what the model was trained on if omitted.
-    """
-    return ModelConfig(
-        max_model_len=max_model_len or geometry.max_model_len,
-        vocab_size=geometry.vocab_size,
-        eos_token_ids=geometry.eos_token_ids,
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        sliding_window=geometry.sliding_window,
-        rope=geometry.rope,
-    )
+__all__ = ["assemble"]
 
 
 def assemble(
@@ -38,28 +20,39 @@ def assemble(
 
     Args:
         config: Pool and scheduler; its model facts are replaced by the model's own.
-        max_model_len: As in `model_facts`.
+        max_model_len: The longest sequence; what the model was trained on if omitted.
 
     Raises:
-        ConfigError: The pool is larger than the device's memory.
+        ConfigError: The pool is larger than the device's memory, or the model has no positions
+            for such a length.
         UnsupportedBackend: No operator serves this model there.
     """
-    facts = model_facts(loaded.geometry, max_model_len)
-    scheduler = Scheduler(msgspec.structs.replace(config, model=facts))
-    store = KVStore(
-        loaded.geometry,
-        scheduler.manager.pool.num_blocks,
-        scheduler.manager.block_size,
-        layout=scheduler.layout,
-        dtype=loaded.dtype,
-        device=loaded.device,
-        num_cpu_blocks=config.cache.num_cpu_blocks,
-    )
+    geometry, computed, cache = loaded.geometry, loaded.dtype, config.cache
+    stored = storage_dtype(cache.kv_cache_dtype, geometry.head_dim, computed)
     operator = choose_operator(
         loaded.device,
-        loaded.dtype,
-        block_size=scheduler.manager.block_size,
-        head_dim=loaded.geometry.head_dim,
+        computed,
+        stored=stored,
+        block_size=cache.block_size,
+        head_dim=geometry.head_dim,
     )
-    executor = TorchExecutor(loaded, store, layout=scheduler.layout, operator=operator)
+    config = fitted(config, loaded, max_model_len or geometry.max_model_len, stored)
+    scheduler, audits = Scheduler(config), audit_enabled()
+    store = KVStore(
+        geometry,
+        scheduler.manager.pool.num_blocks,
+        cache.block_size,
+        layout=scheduler.layout,
+        dtype=stored,
+        device=loaded.device,
+        num_cpu_blocks=cache.num_cpu_blocks,
+        poison=audits,
+    )
+    executor = TorchExecutor(
+        loaded,
+        store,
+        layout=scheduler.layout,
+        operator=operator,
+        poison=Poison(store, scheduler.manager.pool.is_blank) if audits else None,
+    )
     return Engine(scheduler, executor)

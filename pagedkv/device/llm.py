@@ -8,20 +8,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pagedkv.config import EngineConfig, ModelConfig, audit_enabled, with_fields
+from pagedkv.config import EngineConfig, ModelConfig, with_fields
 from pagedkv.core.arrays import Int32
-from pagedkv.core.engine import Engine
 from pagedkv.core.request import Request, SamplingParams
-from pagedkv.core.scheduler import Scheduler
+from pagedkv.device.assembly import assemble
 from pagedkv.device.collector import OutputCollector
-from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.inputs import Message, Prompt, as_conversations, as_prompts, encode, per_prompt
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
-from pagedkv.device.poison import Poison
-from pagedkv.device.sizing import fitted
-from pagedkv.device.store import KVStore, storage_dtype
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy, format_policy
 
@@ -71,39 +66,15 @@ class LLM:
                 remedy="ask load_model for it, or give the model's name",
             )
         self.model = model
-        geometry, computed = model.geometry, model.dtype
+        geometry = model.geometry
         length = fields.get("max_model_len") or min(
             asked.model.max_model_len, geometry.max_model_len
         )
-        stored = storage_dtype(asked.cache.kv_cache_dtype, geometry.head_dim, computed)
-        operator = choose_operator(
-            model.device,
-            computed,
-            stored=stored,
-            block_size=asked.cache.block_size,
-            head_dim=geometry.head_dim,
-        )
-        self.config = fitted(asked, model, length, stored)
-        self.scheduler = Scheduler(self.config)
-        self.store = KVStore(
-            geometry,
-            self.scheduler.manager.pool.num_blocks,
-            self.config.cache.block_size,
-            layout=self.scheduler.layout,
-            dtype=stored,
-            device=model.device,
-            num_cpu_blocks=self.config.cache.num_cpu_blocks,
-            poison=audit_enabled(),
-        )
-        is_blank = self.scheduler.manager.pool.is_blank
-        executor = TorchExecutor(
-            self.model,
-            self.store,
-            layout=self.scheduler.layout,
-            operator=operator,
-            poison=Poison(self.store, is_blank) if audit_enabled() else None,
-        )
-        self.engine = Engine(self.scheduler, executor)
+        self.engine = assemble(model, asked, max_model_len=length)
+        self.scheduler, executor = self.engine.scheduler, self.engine.executor
+        assert isinstance(executor, TorchExecutor)
+        self.store = executor.store
+        self.config = self.scheduler.config
         self._collector = OutputCollector(self.model.tokenizer, geometry.eos_token_ids)
         self._num_requests = 0
         self._done: dict[str, RequestOutput] = {}  # finished, and not yet handed to who asked

@@ -3,17 +3,34 @@
 import msgspec
 import torch
 
-from pagedkv.config import CacheConfig, EngineConfig
+from pagedkv.config import CacheConfig, EngineConfig, ModelConfig
 from pagedkv.core.groups import group_layout
 from pagedkv.device import memory
-from pagedkv.device.assembly import model_facts
+from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.models import LoadedModel
 from pagedkv.device.store import bytes_per_block, check_memory
 from pagedkv.errors import ConfigError
 
-__all__ = ["DEFAULT_KV_BYTES", "fitted"]
+__all__ = ["DEFAULT_KV_BYTES", "fitted", "model_facts"]
 
 DEFAULT_KV_BYTES = 2**30
+
+
+def model_facts(geometry: ModelGeometry, max_model_len: int) -> ModelConfig:
+    """Return what block management needs to know of a model.
+
+    Args:
+        max_model_len: The longest sequence.
+    """
+    return ModelConfig(
+        max_model_len=max_model_len,
+        vocab_size=geometry.vocab_size,
+        eos_token_ids=geometry.eos_token_ids,
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        sliding_window=geometry.sliding_window,
+        rope=geometry.rope,
+    )
 
 
 def fitted(

@@ -77,7 +77,8 @@ def check_memory(
     if num_bytes > total:
         tenths = 10 * num_bytes >> 30  # whole numbers: what was asked may be beyond any float
         raise ConfigError(
-            f"the blocks take {tenths // 10}.{tenths % 10} GiB and {device} has {total / 2**30:.1f} GiB",
+            f"the blocks take {tenths // 10}.{tenths % 10} GiB and {device} has "
+            f"{total / 2**30:.1f} GiB",
             where=where,
             remedy=f"lower {where.partition('.')[2]}",
         )

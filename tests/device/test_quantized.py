@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from pagedkv import LLM, SamplingParams
+from pagedkv import LLM, CacheConfig, EngineConfig, SamplingParams
+from pagedkv.device.assembly import assemble
+from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.models import load_model
 from pagedkv.device.quantize import dequantize, quantize, quantize4, row_words
 from pagedkv.device.store import INT4, KVStore, bytes_per_block, one_group, storage_dtype
 from pagedkv.errors import ConfigError, UnsupportedBackend
@@ -122,3 +125,14 @@ def test_refusals() -> None:
         storage_dtype("int8", 6, torch.float32)
     with pytest.raises(ConfigError, match="kv_cache_dtype"):
         serve("int3")
+
+
+def test_an_engine_put_together_by_hand_stores_what_it_is_asked_to() -> None:
+    loaded = load_model("tiny-random", progress=False)
+    config = EngineConfig(cache=CacheConfig(kv_cache_dtype="int8", kv_cache_memory_bytes=10**6))
+    executor = assemble(loaded, config).executor
+    assert isinstance(executor, TorchExecutor)
+    plain = assemble(loaded, EngineConfig(cache=CacheConfig(num_blocks=8))).executor
+    assert isinstance(plain, TorchExecutor)
+    assert executor.store.bytes_per_slot < plain.store.bytes_per_slot / 2
+    assert executor.store.num_bytes <= 10**6
