@@ -33,6 +33,7 @@ from pagedkv.errors import (
     TraceError,
     Unattainable,
     UnsupportedBackend,
+    WorkerLost,
 )
 from pagedkv.eviction import Policy, policy, presets
 from pagedkv.sim.result import SimResult, simulate
@@ -80,6 +81,7 @@ __all__ = [
     "TraceError",
     "Unattainable",
     "UnsupportedBackend",
+    "WorkerLost",
     "Workload",
     "load_config",
     "policy",

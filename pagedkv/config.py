@@ -221,6 +221,7 @@ def load_config(
     *,
     overrides: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> EngineConfig:
     """Merge a file or mapping, the environment and overrides into one checked configuration.
 
@@ -228,6 +229,7 @@ def load_config(
         source: A ``.toml`` or ``.json`` path, a nested mapping, or nothing.
         overrides: Dotted names to values, such as ``{"cache.block_size": 32}``.
         env: The environment; ``os.environ`` if omitted.
+        defaults: Dotted names to values that stand where nothing else says.
 
     Raises:
         ConfigError: Naming the file and line, or the field, and what would be accepted.
@@ -243,6 +245,10 @@ def load_config(
         section, _, field = dotted.partition(".")
         _put(tree, section, field, value)
         origin[dotted] = ""
+    for dotted, value in (defaults or {}).items():
+        section, _, field = dotted.partition(".")
+        if field not in (tree.get(section) or {}):
+            _put(tree, section, field, value)
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
     except msgspec.ValidationError as fault:

@@ -10,6 +10,7 @@
      +-- CorruptTier         bytes that came back from another tier are not what was written
      +-- TraceError          a workload trace holds what cannot be replayed
      +-- Unattainable        a search has no answer within its bounds
+     +-- WorkerLost          a process that did part of the work was killed
      +-- UnsupportedBackend  no operator or executor can serve this model, dtype or device
      +-- ModelNotFound       the model's name, directory or file leads nowhere
           +-- CorruptModel   it leads somewhere, but what lies there is damaged or incomplete
@@ -32,6 +33,7 @@ __all__ = [
     "TraceError",
     "Unattainable",
     "UnsupportedBackend",
+    "WorkerLost",
 ]
 
 
@@ -93,6 +95,10 @@ class TraceError(PagedKVError):
 
 class Unattainable(PagedKVError):
     """A search has no answer: the target is met nowhere, or everywhere, within its bounds."""
+
+
+class WorkerLost(PagedKVError):
+    """A process that did part of the work ended before it had answered."""
 
 
 class UnsupportedBackend(PagedKVError):

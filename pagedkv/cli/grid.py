@@ -43,7 +43,11 @@ def _several(kind: Any) -> Callable[[str], Any]:
     def parse_all(text: str) -> Any:
         if "," not in text:
             return parse(text)
-        return Sweep(parse(part.strip()) for part in text.split(","))
+        values = Sweep(parse(part.strip()) for part in text.split(","))
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise argparse.ArgumentTypeError(f"{twice[0]} is given twice")
+        return values
 
     # argparse names the type in its message when it raises ValueError.
     parse_all.__name__ = getattr(parse, "__name__", "value")

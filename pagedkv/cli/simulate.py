@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     add_generator_flags(group)
     _add_machine_flags(parser)
     _add_run_flags(parser)
-    add_config_flags(parser, skip=_UNUSED)
+    add_config_flags(parser, skip=_UNUSED, max_model_len=2**21)
     let_sweep(parser, but=_NOT_SWEPT)
 
 
@@ -88,17 +88,18 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reclaim",
         choices=ORDERS,
-        default="lru",
-        help=_help("which cached blocks are reused first; clairvoyant knows what will be asked"),
+        help="which cached blocks are reused first; clairvoyant knows what will be asked "
+        "[default: lru]",
     )
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help=_help("of what is drawn"))
+    group.add_argument("--seed", type=int, metavar="N", help="of what is drawn [default: 0]")
     group.add_argument(
         "--goodput",
         nargs="+",
+        action="extend",
         metavar="NAME:MS",
         default=[],
         help="what counts as good: ttft, tpot and e2el in milliseconds",
@@ -127,6 +128,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--model", default="tiny-random", metavar="NAME", help=_help("for --calibrate")
+    )
+    group.add_argument(
+        "--save-detailed",
+        action="store_true",
+        help="add every request's ttfts, itls and e2els, in seconds, to --output-json",
     )
     group.add_argument("--output-json", metavar="FILE", help="write results; - is standard output")
     group.add_argument("--html", metavar="FILE", help="write a report to read in a browser")

@@ -3,53 +3,42 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from pagedkv.cli.flags import given
 from pagedkv.cli.grid import expand
 from pagedkv.cli.results import SCHEMA_VERSION, check_writable, write_result
-from pagedkv.cli.workloads import workload
-from pagedkv.config import EngineConfig, load_config, with_fields
-from pagedkv.core.scheduler import Scheduler
+from pagedkv.cli.scenario import Run, one_run, rehearse, settled
+from pagedkv.cli.workers import answers
+from pagedkv.cli.workloads import check_flags
 from pagedkv.errors import ConfigError, Unattainable
-from pagedkv.sim.cost import CostModel
-from pagedkv.sim.presets import cost_preset
-from pagedkv.sim.replay import CLAIRVOYANT, Oracle
-from pagedkv.sim.report import cdf_table, write_perfetto, write_report
-from pagedkv.sim.result import SimResult, simulate, spread
-from pagedkv.sim.search import highest_rate, least_blocks
-from pagedkv.sim.slo import objective
+from pagedkv.sim.report import write_report
+from pagedkv.sim.result import spread
 
 __all__ = ["run"]
 
-Run = dict[str, Any]
 Point = tuple[dict[str, Any], argparse.Namespace]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the flags say and show it; 1 if a request failed."""
+    """Do what the flags say and show it; 1 if a request failed, or a search found nothing."""
     for path in (args.output_json, args.html, args.perfetto):
         check_writable(path)
     if args.calibrate:
         from pagedkv.cli.calibrate import calibrate
 
         return calibrate(args)
-    if args.find:
-        return _find(args)
-    points = list(expand(args))
-    if args.perfetto and len(points) > 1:
-        raise ConfigError(
-            f"{len(points)} runs", where="--perfetto", remedy="trace a single run, without commas"
-        )
-    runs = _all_runs(points, args.jobs)
+    points = _points(args)
     out = sys.stderr if args.output_json == "-" else sys.stdout
-    for each in runs:
-        print(_line(each), file=out)
+    if args.find:
+        runs = _edges(points, out)
+        bad = len(runs) < len(points)
+    else:
+        runs = _all_runs(points, args.jobs)
+        bad = any(each["summary"]["failed"] for each in runs)
+        for each in runs:
+            print(_line(each), file=out)
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "runs": [_slim(each) for each in runs],
@@ -59,115 +48,64 @@ def run(args: argparse.Namespace) -> int:
         for group in over_seeds:
             print(_interval(group), file=out)
     write_result(document, args.output_json)
-    if args.html:
+    if args.html and runs:
         write_report(runs, Path(args.html))
-    return 1 if any(each["summary"]["failed"] for each in runs) else 0
+    return int(bad)
+
+
+def _points(args: argparse.Namespace) -> list[Point]:
+    """Return the runs that the flags ask for, all of them seen to be possible."""
+    check_flags(args)
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError(f"{args.jobs} processes", where="--jobs", remedy="give 1 or more")
+    points = [(varied, settled(each)) for varied, each in expand(args)]
+    if args.perfetto and len(points) > 1:
+        raise ConfigError(
+            f"{len(points)} runs", where="--perfetto", remedy="trace a single run, without commas"
+        )
+    for point in points:
+        rehearse(*point)
+    return points
 
 
 def _slim(run: Run) -> Run:
     return {name: value for name, value in run.items() if name != "cdf"}
 
 
-# One run
+def _edges(points: list[Point], out: Any) -> list[Run]:
+    """Search each point's edge and say it; return the runs there, of those that have one."""
+    from pagedkv.cli.edge import check_search, edge
+
+    for _, args in points:
+        check_search(args)
+    runs: list[Run] = []
+    for varied, args in points:
+        label = " ".join(f"{name}={value}" for name, value in varied.items())
+        label += ": " if label else ""
+        try:
+            found = edge(args)
+        except Unattainable as fault:
+            if len(points) == 1:
+                raise
+            print(f"{label}{fault}", file=out)
+            continue
+        print(f"{label}{found.text}", file=out)
+        there = argparse.Namespace(**(vars(args) | {found.flag: found.value}))
+        run = one_run(varied | {found.flag: found.value}, there)
+        runs.append(run | {"found": {"find": args.find, "within": found.within}})
+    return runs
 
 
-def cost_of(args: argparse.Namespace) -> CostModel:
-    """Return the cost model that the flags name.
-
-    Raises:
-        ConfigError: The file is not a cost model.
-    """
-    if args.cost_json is None:
-        return cost_preset(args.hardware)
-    try:
-        return msgspec.json.decode(Path(args.cost_json).read_bytes(), type=CostModel)
-    except (OSError, msgspec.DecodeError) as fault:
-        raise ConfigError(
-            f"it is not a cost model: {fault}",
-            where=args.cost_json,
-            remedy="write one with `pagedkv simulate --calibrate --cost-json FILE`",
-        ) from None
-
-
-def config_of(args: argparse.Namespace) -> EngineConfig:
-    """Return the engine's configuration; a simulated model takes as much text as traces hold."""
-    config = load_config(args.config, overrides=given(args))
-    if "model.max_model_len" not in given(args):
-        config = with_fields(config, max_model_len=2**21)
-    order = "lru" if args.reclaim == CLAIRVOYANT else args.reclaim
-    return with_fields(config, seed=args.seed, reclaim=order)
-
-
-def simulated(args: argparse.Namespace, processes: int = 1) -> tuple[SimResult, EngineConfig]:
-    """Run one simulation as the flags say."""
-    config, source = config_of(args), workload(args)
-    prepare: Callable[[Scheduler], None] | None = None
-    if args.reclaim == CLAIRVOYANT:
-        if args.replicas > 1:
-            raise ConfigError(
-                "the oracle foresees one queue",
-                where="--reclaim clairvoyant",
-                remedy="use one replica",
-            )
-        prepare = Oracle(source, config.cache.block_size).prepare
-    found = simulate(
-        config,
-        source,
-        cost=cost_of(args),
-        slo=objective(args.goodput),
-        replicas=args.replicas,
-        routing=args.routing,
-        max_concurrency=args.max_concurrency,
-        leap=not args.no_leap,
-        watch=args.perfetto is not None,
-        processes=processes,
-        prepare=prepare,
-    )
-    return found, config
-
-
-def one_run(varied: dict[str, Any], args: argparse.Namespace, processes: int = 1) -> Run:
-    """Simulate once and return plain data, for this process or another."""
-    found, config = simulated(args, processes)
-    if args.perfetto:
-        write_perfetto(found, Path(args.perfetto))
-    return {
-        "varied": varied,
-        "workload": args.trace or args.workload,
-        "hardware": args.cost_json or args.hardware,
-        "seed": args.seed,
-        "config": msgspec.to_builtins(config),
-        "summary": found.summary,
-        "tenants": found.tenants,
-        "occupancy": found.occupancy.table(),
-        "cdf": cdf_table(found),
-    }
-
-
-# Many
-
-
-def _all_runs(
-    points: list[tuple[dict[str, Any], argparse.Namespace]], jobs: int | None
-) -> list[Run]:
+def _all_runs(points: list[Point], jobs: int | None) -> list[Run]:
     most = jobs or os.cpu_count() or 1
     if len(points) == 1:
         return [one_run(*points[0], processes=most)]
     from rich.console import Console
     from rich.progress import Progress
 
-    workers = min(len(points), most)
-    done: dict[int, Run] = {}
-    with (
-        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
-        ProcessPoolExecutor(workers) as pool,
-    ):
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("simulating", total=len(points))
-        futures = {pool.submit(one_run, *point): i for i, point in enumerate(points)}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            bar.advance(task)
-    return [done[i] for i in range(len(points))]
+        return answers(one_run, points, most, lambda: bar.advance(task))
 
 
 def _line(run: Run) -> str:
@@ -225,39 +163,3 @@ def _interval(group: dict[str, Any]) -> str:
         found = group["summary"][name]
         texts.append(f"{name} {found['mean']:,.2f} ± {found['ci95']:,.2f} ")
     return f"{group['varied'] + ': ' if group['varied'] else ''}{' '.join(texts)}".rstrip()
-
-
-# A search
-
-
-def _find(args: argparse.Namespace) -> int:
-    if not objective(args.goodput).bounds:
-        raise ConfigError("nothing is bounded", where="--find", remedy="give --goodput ttft:1000")
-    if not 0 < args.good_share <= 1:
-        raise ConfigError(
-            f"{args.good_share:g}", where="--good-share", remedy="give a share above 0, at most 1"
-        )
-    for point, each in expand(args):
-        label = " ".join(f"{name}={value}" for name, value in point.items())
-        print(f"{label + ': ' if label else ''}{_found(each)}")
-    return 0
-
-
-def _found(args: argparse.Namespace) -> str:
-    def share(**changed: Any) -> float:
-        found, _ = simulated(argparse.Namespace(**(vars(args) | changed)))
-        good: float = found.summary["good_fraction"]
-        return good
-
-    if args.find == "capacity":
-        flag = "speedup" if args.trace else "request_rate"
-        rate = highest_rate(lambda rate: share(**{flag: rate}), args.good_share)
-        unit = "times the trace's arrivals" if args.trace else "requests/s"
-        return f"{args.good_share:.0%} of requests are good up to {rate:.3g} {unit}"
-    most = cost_of(args).num_blocks(config_of(args).cache.block_size)
-    blocks = least_blocks(
-        lambda blocks: share(**{"cache.num_blocks": blocks}), args.good_share, most
-    )
-    if blocks > most:
-        raise Unattainable(f"not with {most} blocks", where="--find blocks")
-    return f"{args.good_share:.0%} of requests are good from {blocks} blocks on"

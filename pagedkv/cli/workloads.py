@@ -9,9 +9,44 @@ from pagedkv.sim.generators import tool_agent as make_tool_agent
 from pagedkv.sim.readers import READERS, read_trace
 from pagedkv.sim.workload import Workload
 
-__all__ = ["add_generator_flags", "add_reader_flags", "generated", "read", "workload"]
+__all__ = [
+    "add_generator_flags",
+    "add_reader_flags",
+    "check_flags",
+    "generated",
+    "read",
+    "workload",
+]
 
 _LAWS = ("fixed", "uniform", "lognormal", "zipf")
+_NUMBERS = (
+    ("--request-rate", 4.0, "arrivals per second, of conversations for sessions; inf is all"),
+    ("--burstiness", 1.0, "shape of the Gamma gaps: 1 is Poisson, inf a steady beat"),
+    ("--input-len", 512.0, "mean tokens of a prompt, without what is shared"),
+    ("--output-len", 128.0, "mean tokens of an answer"),
+    ("--input-spread", 0.5, "how far lengths spread, by the law"),
+    ("--output-spread", 0.5, "the same of answers"),
+    ("--tenant-skew", 1.0, "tenant k asks (k+1)^-X as often"),
+    ("--turns", 4.18, "mean turns of a conversation"),
+    ("--think-time", 60.0, "mean seconds before a user's next turn"),
+)
+# What says nothing about a trace, and what says nothing without one, with their defaults.
+_MADE_UP = {flag: default for flag, default, _ in _NUMBERS} | {
+    "--length-law": "lognormal",
+    "--prefix-len": None,
+    "--num-prefixes": 1,
+    "--num-tenants": 8,
+}
+_OF_TRACES = {
+    "--speedup": 1.0,
+    "--format": "mooncake",
+    "--on-error": "raise",
+    "--hash-block-size": None,
+    "--session-rate": 1.0,
+    "--open-loop": False,
+    "--trace-start": 0.0,
+    "--trace-duration": 3600.0,
+}
 
 
 def _help(text: str) -> str:
@@ -58,17 +93,7 @@ def add_reader_flags(group: Any) -> None:
 def add_generator_flags(group: Any) -> None:
     """Add the flags of making a workload up; words are vLLM's where it has them."""
     group.add_argument("--num-prompts", type=int, metavar="N", help="requests at most")
-    for flag, default, text in (
-        ("--request-rate", 4.0, "arrivals per second, of conversations for sessions; inf is all"),
-        ("--burstiness", 1.0, "shape of the Gamma gaps: 1 is Poisson, inf a steady beat"),
-        ("--input-len", 512.0, "mean tokens of a prompt, without what is shared"),
-        ("--output-len", 128.0, "mean tokens of an answer"),
-        ("--input-spread", 0.5, "how far lengths spread, by the law"),
-        ("--output-spread", 0.5, "the same of answers"),
-        ("--tenant-skew", 1.0, "tenant k asks (k+1)^-X as often"),
-        ("--turns", 4.18, "mean turns of a conversation"),
-        ("--think-time", 60.0, "mean seconds before a user's next turn"),
-    ):
+    for flag, default, text in _NUMBERS:
         group.add_argument(flag, type=float, default=default, metavar="X", help=_help(text))
     group.add_argument("--length-law", choices=_LAWS, default="lognormal", help=_help("of lengths"))
     group.add_argument(
@@ -78,6 +103,25 @@ def add_generator_flags(group: Any) -> None:
         "--num-prefixes", type=int, default=1, metavar="N", help=_help("different ones, for random")
     )
     group.add_argument("--num-tenants", type=int, default=8, metavar="N", help=_help("tenants"))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would say nothing.
+
+    Raises:
+        ConfigError: A trace is given together with what makes a workload up, or the other way.
+    """
+    useless = _OF_TRACES if args.trace is None else _MADE_UP
+    given = [
+        flag
+        for flag, default in useless.items()
+        if getattr(args, flag[2:].replace("-", "_")) != default
+    ]
+    if given:
+        where, remedy = "without --trace", "leave it out, or name a trace"
+        if args.trace is not None:
+            where, remedy = "with --trace", "leave it out; --speedup makes a trace faster"
+        raise ConfigError(f"{', '.join(given)} says nothing", where=where, remedy=remedy)
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -113,11 +157,8 @@ def read(args: argparse.Namespace, path: str) -> Workload:
 def generated(args: argparse.Namespace, kind: str) -> Workload:
     """Return a made-up workload of one of the kinds in `GENERATORS`."""
     assert kind in GENERATORS
-    count = args.num_prompts or 1000
-    if count < 1:
-        raise ConfigError(f"{count} requests", where="--num-prompts", remedy="give 1 or more")
     common: dict[str, Any] = {
-        "num_prompts": count,
+        "num_prompts": 1000 if args.num_prompts is None else args.num_prompts,
         "rate": args.request_rate,
         "burstiness": args.burstiness,
         "seed": args.seed,

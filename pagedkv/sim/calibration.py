@@ -14,6 +14,7 @@ __all__ = ["Fit", "fit", "stacked"]
 
 _FITTED = ("weight_efficiency", "matmul_efficiency", "kv_efficiency", "attention_efficiency")
 _ROUNDS = 60
+_STARTS = 10  # overheads to begin with
 _LARGEST = 1.0  # more than the data sheet says, nothing reaches
 
 
@@ -45,7 +46,8 @@ def fit(start: CostModel, work: StepWork, seconds: Float64) -> Fit:
     """Fit efficiencies and overhead by pattern search on the mean relative error.
 
     The error is not smooth in the parameters and there are only five, so each is moved up and
-    down by a factor that shrinks until nothing gets better: deterministic, no derivatives.
+    down by a factor that shrinks until nothing gets better: deterministic, no derivatives. Two
+    that stand for one another are moved against each other as well, or the search would end there.
 
     Args:
         start: The hardware and model, and where the search begins.
@@ -80,7 +82,7 @@ def fit(start: CostModel, work: StepWork, seconds: Float64) -> Fit:
         return gap
 
     first = np.array([getattr(start, name) for name in _FITTED] + [start.overhead])
-    point = _search(errors, first, float(seconds.min()))
+    point = _search(errors, first, float(seconds.min()), float(parts[0].max()))
     found = dict(zip(_FITTED, np.round(point[:4], 4).tolist(), strict=True))
     cost = msgspec.structs.replace(start, **found, overhead=round(float(point[4]), 7))
     gap = np.abs(cost.seconds(work) - seconds) / seconds
@@ -92,25 +94,43 @@ def fit(start: CostModel, work: StepWork, seconds: Float64) -> Fit:
     )
 
 
-def _search(errors: Callable[[Float64], Float64], first: Float64, shortest: float) -> Float64:
-    """Return the best point of several pattern searches: four efficiencies and an overhead."""
+def _search(
+    errors: Callable[[Float64], Float64], first: Float64, shortest: float, weights: float
+) -> Float64:
+    """Return the best point of several pattern searches: four efficiencies and an overhead.
+
+    Args:
+        shortest: The least of the times.
+        weights: Seconds to read all weights at full bandwidth.
+    """
     best, lowest = first, float("inf")
-    for overhead in (0.0, 0.1 * shortest, 0.4 * shortest):
+    for overhead in np.linspace(0.0, 0.9, _STARTS) * shortest:
         point = first.copy()
         point[4] = overhead
         value, stride = float(errors(point).mean()), 0.4
         for _ in range(_ROUNDS):
-            moved = False
-            for axis in range(5):
-                for sign in (1, -1):
-                    trial = point.copy()
-                    if axis < 4:
-                        trial[axis] = np.clip(trial[axis] * (1 + stride) ** sign, 1e-6, _LARGEST)
-                    else:
-                        trial[axis] = max(0.0, trial[axis] + sign * stride * 0.5 * shortest)
-                    if (score := float(errors(trial).mean())) < value:
-                        point, value, moved = trial, score, True
-            stride *= 1.0 if moved else 0.6
+            before = value
+            for move in range(12):
+                trial = _moved(point, move, stride, shortest, weights)
+                if (score := float(errors(trial).mean())) < value:
+                    point, value = trial, score
+            stride *= 1.0 if value < before else 0.6
         if value < lowest:
             best, lowest = point, value
     return best
+
+
+def _moved(point: Float64, move: int, stride: float, shortest: float, weights: float) -> Float64:
+    """Return a point after one of 12 moves: each of five numbers up or down, or time taken from
+    reading weights for the overhead and back, which are nearly the same to a small batch.
+    """
+    axis, sign = move // 2, 1 - 2 * (move % 2)
+    trial = point.copy()
+    if axis < 4:
+        trial[axis] = np.clip(trial[axis] * (1 + stride) ** sign, 1e-6, _LARGEST)
+        return trial
+    trial[4] = max(0.0, trial[4] + sign * stride * 0.5 * shortest)
+    if axis == 5:
+        left = weights / point[0] + point[4] - trial[4]
+        trial[0] = np.clip(weights / max(left, 1e-12), 1e-6, _LARGEST)
+    return trial

@@ -1,9 +1,12 @@
 """Work that is dealt to processes."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
+
+from pagedkv.errors import WorkerLost
 
 __all__ = ["in_processes", "most_processes"]
 
@@ -21,7 +24,7 @@ def in_processes(serve: Callable[[int], Found], count: int) -> list[Found]:
 
     Raises:
         Exception: What ``serve`` raised, here or elsewhere.
-        ChildProcessError: A process was killed.
+        WorkerLost: A process was killed.
     """
     context = multiprocessing.get_context("fork")
     pipes: list[Connection] = []
@@ -42,6 +45,7 @@ def in_processes(serve: Callable[[int], Found], count: int) -> list[Found]:
 
 
 def _answer(serve: Callable[[int], Any], number: int, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for it ends it
     try:
         sender.send((serve(number), None))
     except Exception as fault:
@@ -52,7 +56,11 @@ def _received(pipe: Connection) -> Any:
     try:
         found, fault = pipe.recv()
     except EOFError:
-        raise ChildProcessError("a process ended before it had answered") from None
+        raise WorkerLost(
+            "a process was killed before it had answered",
+            where="processes",
+            remedy="give fewer, if memory was short",
+        ) from None
     if fault is not None:
         raise fault
     return found

@@ -11,6 +11,7 @@ from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.sim.detail import Detail
 from pagedkv.sim.occupancy import Occupancy, Pool
 from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.slo import Objective
@@ -61,10 +62,13 @@ class Recorder:
         latency: Per name of `LATENCIES`, its distribution in seconds.
         refused: Requests that were not taken, by reason.
         num_unsent: Follow-ups that nobody sends, because the conversation broke off.
+        detail: Every served request's own times, if they are asked for.
         phases: The first 20,000 stretches of requests' lives; later ones are counted only.
     """
 
-    def __init__(self, scheduler: Scheduler, slo: Objective, *, watch: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, slo: Objective, *, watch: bool = False, detail: bool = False
+    ) -> None:
         rows = scheduler.table.num_rows
         self._scheduler = scheduler
         self._slo = slo
@@ -87,6 +91,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.num_unwatched = 0
         self._watch = watch
+        self.detail = Detail() if detail else None
 
     # Events
 
@@ -151,6 +156,8 @@ class Recorder:
 
     def _draw(self, rows: Int32 | Int64, seq_ids: Int64, end: float) -> None:
         """Note who drew a token in a step, [S] rows and sequences, and the gaps since the last."""
+        if self.detail is not None:
+            self.detail.draw(seq_ids, np.array([end]))
         fresh = self._drew[rows] != seq_ids
         if np.count_nonzero(fresh):
             for row, seq_id in zip(rows[fresh].tolist(), seq_ids[fresh].tolist(), strict=True):
@@ -176,6 +183,8 @@ class Recorder:
             self._note_run(life, row, now)
             if self._planned[row] == ended.seq_id:
                 self._planned[row] = self._drew[row] = -1
+        if self.detail is not None:
+            self.detail.finish(int(life.name), request, ended)
         good = False
         if reason in ("length", "stop"):
             self.input_tokens += len(request.prompt)
@@ -212,6 +221,8 @@ class Recorder:
         if leap.steps > 1:
             self.latency["itl"].add(ends[1:] - ends[:-1], len(drawing))
             self._last[drawing] = ends[-1]
+            if self.detail is not None:
+                self.detail.draw(seq_ids, ends[1:])
         self.occupancy.leap(leap, pool, ends, seconds)
         self.tenants.step(batch.rows, seconds, leap)
 

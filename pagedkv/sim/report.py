@@ -1,17 +1,17 @@
-"""Reports: one HTML file to read in a browser, and traces for Chrome's and Perfetto's viewers."""
+"""Reports: one HTML file to read in a browser."""
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from pagedkv.sim.result import SimResult
 
-__all__ = ["cdf_table", "write_perfetto", "write_report"]
+__all__ = ["cdf_table", "frontier", "write_report"]
 
 Run = dict[str, Any]
 _SHOWN = ("ttft", "tpot", "itl", "e2el")
@@ -39,8 +39,14 @@ _ROWS = (
     ("internal_fragmentation", "empty slots in held blocks", "{:.2%}"),
     ("num_preemptions", "preemptions", "{:,.0f}"),
     ("recomputed_tokens", "recomputed tokens", "{:,.0f}"),
-    ("blocks_reclaimed", "reclaimed blocks", "{:,.0f}"),
     ("jain_index_speed", "Jain index of speed", "{:.3f}"),
+)
+_RUNGS = (
+    ("reclaimed", "under pressure: blocks reclaimed"),
+    ("shrunk", "blocks taken from elastic sequences"),
+    ("swapped", "sequences swapped"),
+    ("recomputed", "sequences recomputed"),
+    ("failed", "sequences failed"),
 )
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
@@ -136,6 +142,9 @@ def _table(runs: Sequence[Run]) -> str:
     for key, title, form in _ROWS:
         cells = "".join(f"<td>{form.format(run['summary'][key])}</td>" for run in runs)
         lines.append(f"<tr><td>{title}</td>{cells}</tr>")
+    for key, title in _RUNGS:
+        cells = "".join(f"<td>{run['summary']['rungs'][key]:,}</td>" for run in runs)
+        lines.append(f"<tr><td>{title}</td>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
@@ -143,7 +152,8 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
-    from matplotlib.figure import Figure  # the plot extra
+    from matplotlib import rc_context  # the plot extra
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     draw(figure)
@@ -151,9 +161,20 @@ def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "pagedkv"}):
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names may be in any script
+        figure.savefig(text, format="svg", metadata={"Date": None})
     found = text.getvalue()
     return found[found.index("<svg") :]
+
+
+def _label(run: Run) -> str:
+    return _literal(label_of(run))
+
+
+def _literal(text: str) -> str:
+    """Return a text such that no dollar in it begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _occupancy(figure: Any, runs: Sequence[Run]) -> None:
@@ -173,12 +194,10 @@ def _occupancy(figure: Any, runs: Sequence[Run]) -> None:
         )
         axes.set_ylim(0, total)
         axes.set_ylabel("blocks")
-        if label := label_of(run):
+        if label := _label(run):
             axes.set_title(label, fontsize=10, loc="left")
-    end = max(
-        (run["occupancy"]["time"][-1] for run in shown if run["occupancy"]["time"]), default=1
-    )
-    panels[-1].set_xlim(0, max(end, 1e-9))
+    times = [time for run in shown for time in run["occupancy"]["time"]] or [0.0]
+    panels[-1].set_xlim(min(times), max(max(times), min(times) + 1e-9))
     panels[-1].set_xlabel("virtual time, s")
     _legend(figure, panels[0])
 
@@ -188,7 +207,7 @@ def _load(figure: Any, runs: Sequence[Run]) -> None:
     for color, run in zip(_COLORS, runs, strict=False):
         table = run["occupancy"]
         for axes, name in ((left, "running"), (right, "waiting")):
-            axes.plot(table["time"], table[name], color=color, lw=1.1, label=label_of(run))
+            axes.plot(table["time"], table[name], color=color, lw=1.1, label=_label(run))
     for axes, title in ((left, "sequences running"), (right, "requests waiting")):
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("virtual time, s")
@@ -207,7 +226,7 @@ def _cdfs(figure: Any, runs: Sequence[Run]) -> None:
     for axes, name in zip(panels.flat, _SHOWN, strict=True):
         for color, run in zip(_COLORS, runs, strict=False):
             values = np.array(run["cdf"][name])
-            axes.plot(values, np.linspace(0, 100, len(values)), color=color, label=label_of(run))
+            axes.plot(values, np.linspace(0, 100, len(values)), color=color, label=_label(run))
         values = np.concatenate([run["cdf"][name] for run in runs])
         if values.min() > 0 and values.max() > 20 * values.min():
             axes.set_xscale("log")
@@ -223,7 +242,7 @@ def _cdfs(figure: Any, runs: Sequence[Run]) -> None:
 
 def _tenants(figure: Any, run: Run) -> None:
     found = sorted(run["tenants"].items(), key=lambda pair: -pair[1]["requests"])[:16]
-    names = [name or "(none)" for name, _ in found]
+    names = [_literal(name or "(none)") for name, _ in found]
     rows = [row for _, row in found]
     panels = figure.subplots(2, 3, sharey=True)
     at = np.arange(len(names))[::-1]
@@ -246,7 +265,7 @@ def _tenants(figure: Any, run: Run) -> None:
 
 def _compare(figure: Any, runs: Sequence[Run]) -> None:
     panels = figure.subplots(1, 4)
-    labels = [label_of(run) for run in runs]
+    labels = [_label(run) for run in runs]
     at = np.arange(len(runs))[::-1]
     for axes, (key, title, scale) in zip(
         panels,
@@ -285,46 +304,15 @@ def _pareto(figure: Any, runs: Sequence[Run]) -> None:
     axes.plot(*zip(*line, strict=True), color="#999999", lw=1.2, drawstyle="steps-post")
     if len(runs) <= _MOST_LINES:
         for color, point, run in zip(_COLORS, points, runs, strict=False):
-            axes.scatter(*point, color=color, zorder=3, label=label_of(run))
+            axes.scatter(*point, color=color, zorder=3, label=_label(run))
         _legend(figure, axes)
     else:  # more than there are colours for: those on the line have names
         axes.scatter(*zip(*points, strict=True), color=_COLORS[0], zorder=3)
         for i in best:
-            name = label_of(runs[i])
+            name = _label(runs[i])
             axes.annotate(name, points[i], fontsize=8, xytext=(5, 4), textcoords="offset points")
     axes.set_xlabel("output tokens/s (more is better)")
     axes.set_ylabel("TTFT p99, ms (less is better)")
     axes.margins(x=0.15, y=0.15)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.25)
-
-
-# Trace viewers
-
-
-def write_perfetto(result: SimResult, path: Path) -> None:
-    """Write the phases of requests and the pool's occupancy in Chrome's trace event format."""
-    events: list[dict[str, Any]] = []
-    for replica, phases in enumerate(result.phases):
-        name = {"name": f"replica {replica}"}
-        events.append({"ph": "M", "pid": replica, "name": "process_name", "args": name})
-        for phase in phases:
-            waits = phase.kind in ("queued", "preempted")
-            events.append(
-                {
-                    "ph": "X",
-                    "pid": replica,
-                    "tid": 100_000 + phase.row if waits else phase.row,
-                    "name": phase.kind,
-                    "cat": phase.kind,
-                    "ts": phase.begin * 1e6,
-                    "dur": (phase.end - phase.begin) * 1e6,
-                    "args": {"request": phase.request},
-                }
-            )
-    table = result.occupancy.table()
-    for i, time in enumerate(table["time"]):
-        for kind in ("held", "cached", "running", "waiting"):
-            counter = {"ph": "C", "pid": 0, "name": kind, "ts": time * 1e6}
-            events.append(counter | {"args": {kind: table[kind][i]}})
-    path.write_bytes(msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"}))

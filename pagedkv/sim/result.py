@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from pagedkv.config import EngineConfig
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.errors import ConfigError
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.presets import cost_preset
 from pagedkv.sim.processes import in_processes, most_processes
@@ -20,7 +21,7 @@ from pagedkv.sim.sketch import Distribution, Series
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.workload import Workload
 
-__all__ = ["DEFAULT_HARDWARE", "PERCENTILES", "SimResult", "simulate"]
+__all__ = ["DEFAULT_HARDWARE", "PERCENTILES", "SimResult", "blocks_that_fit", "simulate"]
 
 DEFAULT_HARDWARE = "a100-llama3-8b"
 PERCENTILES = (25.0, 75.0, 90.0, 95.0, 99.0)
@@ -45,6 +46,7 @@ class SimResult(Struct, frozen=True, kw_only=True, eq=False):
             blocks and tokens per step, over time; several replicas summed.
         tenants: Per tenant, what it asked for, got and cost others.
         phases: Stretches of requests' lives per replica, if they were watched.
+        num_unwatched: How many more there were, per replica.
     """
 
     summary: dict[str, Any]
@@ -52,6 +54,7 @@ class SimResult(Struct, frozen=True, kw_only=True, eq=False):
     occupancy: Series
     tenants: dict[str, dict[str, Any]]
     phases: list[list[Phase]] = []
+    num_unwatched: list[int] = []
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary, tenants and occupancy as plain data."""
@@ -73,6 +76,7 @@ def simulate(
     max_concurrency: int | None = None,
     leap: bool = True,
     watch: bool = False,
+    detail: bool = False,
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
     prepare: Callable[[Scheduler], None] | None = None,
@@ -89,6 +93,7 @@ def simulate(
         max_concurrency: Users that wait for an answer before they ask again.
         leap: Take quiet steps as one; changes how long it takes, and nothing else.
         watch: Keep the phases of requests for a trace viewer.
+        detail: Add vLLM's arrays of every served request's times to the summary, in seconds.
         processes: The most that may share the replicas' work, if no replica depends on another:
             in turns, without follow-ups, limits or phases to keep. Changes nothing but the time.
         progress: Is told how many requests have ended in this process.
@@ -101,13 +106,16 @@ def simulate(
     model = cost_preset(cost) if isinstance(cost, str) else cost
     config = _with_blocks(config or EngineConfig(), model)
     apart = routing == "round_robin" and not workload.closed_loop and max_concurrency is None
-    if not apart or watch or prepare is not None:
+    if not apart or watch or detail or prepare is not None:
         processes = 1
     shares = max(1, min(most_processes(processes), replicas))
 
     def serve(number: int) -> tuple[list[Served], float]:
         count = len(range(number, replicas, shares))
-        engines = [Replica(config, model, slo=slo, leap=leap, watch=watch) for _ in range(count)]
+        engines = [
+            Replica(config, model, slo=slo, leap=leap, watch=watch, detail=detail)
+            for _ in range(count)
+        ]
         if prepare is not None:
             for engine in engines:
                 prepare(engine.scheduler)
@@ -125,7 +133,10 @@ def _with_blocks(config: EngineConfig, model: CostModel) -> EngineConfig:
     """Return a configuration that says how many blocks there are: as many as fit, if it did not."""
     if config.cache.num_blocks is not None:
         return config
-    blocks = model.num_blocks(config.cache.block_size)
+    return _sized(config, blocks_that_fit(config, model))
+
+
+def _sized(config: EngineConfig, blocks: int) -> EngineConfig:
     cache = msgspec.structs.replace(
         config.cache,
         num_blocks=blocks,
@@ -133,6 +144,28 @@ def _with_blocks(config: EngineConfig, model: CostModel) -> EngineConfig:
         kv_cache_memory_fraction=None,
     )
     return msgspec.structs.replace(config, cache=cache)
+
+
+def blocks_that_fit(config: EngineConfig, model: CostModel) -> int:
+    """Return how many blocks a device holds: of as many bytes as the cache may have, if that is
+    given, or beside the weights. Where layers or heads have tables of their own, a block is as
+    much smaller as there are more of them.
+
+    Raises:
+        ConfigError: The weights alone do not fit, or the bytes hold no block.
+    """
+    cache = config.cache
+    groups = Scheduler(_sized(config, 1)).layout.num_groups
+    if cache.kv_cache_memory_bytes is None:
+        return groups * model.num_blocks(cache.block_size)
+    size = model.shape.kv_bytes_per_token / model.tensor_parallel * cache.block_size / groups
+    if (blocks := int(cache.kv_cache_memory_bytes // size)) < 1:
+        raise ConfigError(
+            f"{cache.kv_cache_memory_bytes} bytes hold no block of {size:.0f}",
+            where="cache.kv_cache_memory_bytes",
+            remedy="give more",
+        )
+    return blocks
 
 
 def _gather(
@@ -149,12 +182,18 @@ def _gather(
     summary["skipped_rows"] = dict(workload.skipped)
     # Whether any policy may have judged by attention that no model computed.
     summary["synthetic_scores"] = any(each.num_synthetic for each in served)
+    details = [each.detail for each in served if each.detail is not None]
+    if details:
+        for detail in details[1:]:
+            details[0].merge(detail)
+        summary |= details[0].table()
     return SimResult(
         summary=summary,
         latency=latency,
         occupancy=occupancy,
         tenants=accounts.table(summary["duration"]),
         phases=[each.phases for each in served],
+        num_unwatched=[each.num_unwatched for each in served],
     )
 
 
@@ -208,8 +247,16 @@ def _pool(served: list[Served], occupancy: Series, config: EngineConfig) -> dict
     blocks = (config.cache.num_blocks or 1) * len(stats)
     means, peaks = occupancy.means, occupancy.peaks
     held_slots = max(means["held"] * config.cache.block_size, 1e-9)
+    swapped = totals["num_swapped_out"]
     return {
         **totals,
+        "rungs": {
+            "reclaimed": totals["blocks_reclaimed"],
+            "shrunk": totals["blocks_shrunk"],
+            "swapped": swapped,
+            "recomputed": totals["num_preemptions"] - swapped,
+            "failed": totals["num_failed"],
+        },
         "swapped_tokens": sum(each.swapped_tokens for each in served),
         "num_leaps": sum(each.num_leaps for each in served),
         "prefix_cache_hit_rate": totals["prompt_tokens_cached"] / max(1, totals["prompt_tokens"]),

@@ -4,13 +4,20 @@ from collections.abc import Callable
 
 from pagedkv.errors import Unattainable
 
-__all__ = ["highest_rate", "least_blocks"]
+__all__ = ["BLOCKS_WITHIN", "RATE_WITHIN", "highest_rate", "least_blocks"]
+
+RATE_WITHIN = 0.02
+BLOCKS_WITHIN = 0.01
 
 _DOUBLINGS = 12
 
 
 def highest_rate(
-    share: Callable[[float], float], target: float, *, start: float = 1.0, precision: float = 0.02
+    share: Callable[[float], float],
+    target: float,
+    *,
+    start: float = 1.0,
+    precision: float = RATE_WITHIN,
 ) -> float:
     """Return the highest rate at which the share of good requests reaches the target.
 
@@ -57,7 +64,7 @@ def highest_rate(
 
 
 def least_blocks(share: Callable[[int], float], target: float, most: int) -> int:
-    """Return the fewest blocks, at most ``most``, with which the target is reached.
+    """Return the fewest blocks, at most ``most``, with which the target is reached: to 1 %.
 
     Raises:
         Unattainable: It is not reached with ``most``.
@@ -69,7 +76,7 @@ def least_blocks(share: Callable[[int], float], target: float, most: int) -> int
             remedy="loosen --goodput, lower the rate, or take faster hardware",
         )
     good, bad = most, 0
-    while good - bad > max(1, good // 100):
+    while good - bad > max(1, int(good * BLOCKS_WITHIN)):
         middle = (good + bad) // 2
         if share(middle) >= target:
             good = middle

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from pagedkv.core.stats import SchedulerStats
 from pagedkv.sim.accounts import Accounts
+from pagedkv.sim.detail import Detail
 from pagedkv.sim.recorder import Phase
 from pagedkv.sim.simulator import Replica
 from pagedkv.sim.sketch import Distribution, Series
@@ -45,6 +46,8 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
     swapped_tokens: int
     num_synthetic: int
     phases: list[Phase]
+    num_unwatched: int
+    detail: Detail | None
 
     @classmethod
     def by(cls, replica: Replica) -> "Served":
@@ -68,4 +71,6 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
             swapped_tokens=executor.swapped_tokens,
             num_synthetic=executor.num_synthetic,
             phases=recorder.phases,
+            num_unwatched=recorder.num_unwatched,
+            detail=recorder.detail,
         )

@@ -36,6 +36,7 @@ class Replica:
         cost: What a step takes.
         leap: Take quiet steps as one. Nothing but the time it takes to simulate depends on it.
         watch: Keep the phases of requests for a trace viewer.
+        detail: Keep every request's own latencies.
         executor: Carries plans out instead of the cost model: a `Recording`, for example.
     """
 
@@ -47,6 +48,7 @@ class Replica:
         slo: Objective | None = None,
         leap: bool = True,
         watch: bool = False,
+        detail: bool = False,
         executor: CostExecutor | None = None,
     ) -> None:
         config = with_fields(config, vocab_size=LARGEST_INT32, eos_token_ids=())
@@ -56,7 +58,7 @@ class Replica:
         self.num_leaps = 0
         self._leaps = leap
         self._requests: dict[str, SimRequest] = {}
-        self.recorder = Recorder(self.scheduler, slo or Objective(), watch=watch)
+        self.recorder = Recorder(self.scheduler, slo or Objective(), watch=watch, detail=detail)
         self.executor.on_plan = self.recorder.planned
         self.engine = Engine(self.scheduler, self.executor)
 
