@@ -155,14 +155,13 @@ def paged_attention(
             operators do not do.
     """
     step: AttentionStep | None = extra.pop(ATTENTION_NAME, None)
-    where = f"{type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}"
     if step is None:
         raise UnsupportedBackend(
             "the model was called without a pagedkv step",
-            where=where,
+            where=_place(module),
             remedy="call it through pagedkv.device.models.forward or an executor",
         )
-    _refuse_unknown(where, module, attention_mask, dropout, extra)
+    _refuse_unknown(module, attention_mask, dropout, extra)
     if isinstance(step, Recorder):
         step.windows.append(int(extra.get("sliding_window") or 0))
     out = step.attend(
@@ -175,19 +174,22 @@ def paged_attention(
     return out[None], None
 
 
+def _place(module: torch.nn.Module) -> str:
+    return f"{type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}"
+
+
 def _refuse_unknown(
-    where: str,
     module: torch.nn.Module,
     attention_mask: Tensor | None,
     dropout: float,
     extra: dict[str, Any],
 ) -> None:
     """Raise UnsupportedBackend if the layer asks for more than plain causal attention."""
-    asked = sorted(
+    asked = [
         name
         for name, value in extra.items()
-        if value is not None and name not in _HARMLESS and name != "is_causal"
-    )
+        if name not in _HARMLESS and name != "is_causal" and value is not None
+    ]
     if attention_mask is not None:
         asked.append("attention_mask")
     if dropout:
@@ -196,9 +198,10 @@ def _refuse_unknown(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         asked.append("is_causal=False")
     if asked:
+        names = ", ".join(sorted(asked))
         raise UnsupportedBackend(
-            f"the layer asks its attention for {', '.join(asked)}, which pagedkv's operators lack",
-            where=where,
+            f"the layer asks its attention for {names}, which pagedkv's operators lack",
+            where=_place(module),
             remedy="serve a decoder-only model with plain causal or sliding-window attention",
         )
 

@@ -3,7 +3,8 @@
 Consecutive blocks that want the same turn form a run. Each (sequence, run) is a sequence of its
 own in a batch of partial attentions, asked by queries turned for it; the parts are merged by their
 log-sum-exps, which is exact. A sequence's last run holds the step's own tokens and is causal; the
-runs before it are seen whole.
+runs before it are seen whole. Where everybody has one query, as in decode, so is the last: then one
+call serves all runs.
 """
 
 import numpy as np
@@ -51,57 +52,57 @@ class TurnedBias:
         seq, first, count = _runs(num_resident, turns.index, block_size)
         last = np.append(seq[1:] != seq[:-1], True)
         queries = np.diff(query_start)
-        tail = num_resident[seq[last]] - first[last] * block_size
-        self._own = _Part(seq[last], first[last], count[last], query_start, turns.index, send)
-        self._own_bias = PagedBias.build(
-            query_start,
-            tail,
-            self._own.table(block_table),
-            block_size,
-            want_block_lse=want_block_lse,
-            send=send,
-        )
-        self._old: _Part | None = None
-        if not last.all():
-            old = ~last
-            self._old = _Part(seq[old], first[old], count[old], query_start, turns.index, send)
-            starts = np.append(0, np.cumsum(queries[seq[old]])).astype(np.int32)
-            self._old_bias = PagedBias.build(
-                starts,
-                count[old] * block_size,
-                self._old.table(block_table),
+        seen = np.where(last, num_resident[seq] - first * block_size, count * block_size)
+
+        def call(runs: Int64, causal: bool) -> tuple[_Part, PagedBias]:
+            part = _Part(seq[runs], first[runs], count[runs], query_start, turns.index, send)
+            bias = PagedBias.build(
+                np.append(0, np.cumsum(queries[seq[runs]])).astype(np.int32),
+                seen[runs],
+                part.table(block_table),
                 block_size,
-                causal=False,
+                causal=causal,
                 want_block_lse=want_block_lse,
                 send=send,
             )
+            return part, bias
+
+        own, old = np.flatnonzero(last), np.flatnonzero(~last)
+        if len(old) and queries.max() == 1:
+            self._calls = [call(np.append(own, old), False)]
+        else:
+            self._calls = [call(own, True), *([call(old, False)] if len(old) else [])]
+        token = torch.cat([part.token for part, _ in self._calls])
+        self._old_token = token[int(query_start[-1]) :]
 
     def prepare(self, operator: type[PagedOp], send: Send) -> None:
         """As `PagedOp.prepare`."""
-        for bias in (self._own_bias, *([self._old_bias] if self._old else [])):
+        for _, bias in self._calls:
             operator.prepare(bias, send)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: type[PagedOp]
     ) -> Tensor:
         """Return attention over all runs: [T, Hq, D]; shapes as in `paged_attention`."""
-        own = self._own.turned(query, self._turns)
-        out = paged_attention(own, keys, values, self._own_bias, scale, operator)
-        lse = self._own_bias.lse
-        assert lse is not None
-        if self._own_bias.block_lse is not None:
+        parts = []
+        if self._calls[0][1].want_block_lse:
             shape = (*query.shape[:2], self._width)
             self.block_lse = torch.full(shape, -torch.inf, device=query.device)
-            self._own.scatter(self._own_bias.block_lse, self.block_lse)
-        self.lse = lse
-        if self._old is not None:
-            asked = self._old.turned(query, self._turns)
-            part = paged_attention(asked, keys, values, self._old_bias, scale, operator)
-            assert self._old_bias.lse is not None
-            out, self.lse = _merged(out, lse, part, self._old_bias.lse, self._old.token)
+        for part, bias in self._calls:
+            asked = part.turned(query, self._turns)
+            out = paged_attention(asked, keys, values, bias, scale, operator)
+            assert bias.lse is not None
+            parts.append((out, bias.lse))
             if self.block_lse is not None:
-                assert self._old_bias.block_lse is not None
-                self._old.scatter(self._old_bias.block_lse, self.block_lse)
+                assert bias.block_lse is not None
+                part.scatter(bias.block_lse, self.block_lse)
+        out, lse = parts[0]
+        if not len(self._old_token):
+            self.lse = lse
+            return out
+        tokens = len(query)
+        old, old_lse = parts[1] if len(parts) == 2 else (out[tokens:], lse[:, tokens:])
+        out, self.lse = _merged(out[:tokens], lse[:, :tokens], old, old_lse, self._old_token)
         return out
 
 
