@@ -275,7 +275,7 @@ def test_a_stream_goes_on_past_the_models_length_in_constant_memory():
     assert len(server.finished["r", 0].token_ids) == 2000
     # Four blocks of budget and the tail; no more at the two-thousandth token than at the hundredth.
     assert set(held[100:-1]) == {4, 5}
-    assert max(int(plan.positions.max()) for plan in server.plans) < 64 + 16
+    assert max(int(plan.positions.max()) for plan in server.plans) < 2 * (64 + 16)
     late = logits_of(server, "r")[-200:]
     assert torch.isfinite(late).all()
     assert len(set(server.finished["r", 0].token_ids[-200:])) > 1
