@@ -3,6 +3,7 @@
     python benchmarks/simulation.py speed          # 4,000 requests, one A100, leaps on and off
     python benchmarks/simulation.py memory --requests 100000
     python benchmarks/simulation.py real           # beside vLLM 0.19 on an RTX 4090
+    python benchmarks/simulation.py agent          # the tool-agent generator beside its trace
     PAGEDKV_TRACES=DIR python benchmarks/simulation.py speed replay conversation weka servegen
 
 DIR holds the public traces as published: mooncake/conversation_trace.jsonl,
@@ -15,6 +16,7 @@ import argparse
 import csv
 import os
 import resource
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,15 +26,16 @@ import numpy as np
 import pagedkv
 from pagedkv import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from pagedkv.cli.machine import machine, versions
-from pagedkv.sim.generators import Lengths, random_requests
+from pagedkv.sim.generators import Lengths, random_requests, tool_agent
 from pagedkv.sim.readers import read_trace
 from pagedkv.sim.replay import ORDERS, replay
-from pagedkv.sim.traces import trace_stats
+from pagedkv.sim.traces import trace_stats, write_trace
 from pagedkv.sim.workload import Workload
 
 DATA = Path(__file__).parents[1] / "tests/sim/data"
 TRACES = Path(os.environ["PAGEDKV_TRACES"]) if "PAGEDKV_TRACES" in os.environ else None
 RATE = 6.45
+AGENT_LRU = {0.01: 0.346, 0.05: 0.449, 0.1: 0.508, 0.25: 0.551, 0.5: 0.552}
 
 
 def engine(block_size=16, num_blocks=None):
@@ -179,6 +182,30 @@ def conversation(args):
     return {"wall_s": wall, "processes": processes, "hit": summary["prefix_cache_hit_rate"]}
 
 
+def agent(args):
+    """Compare the tool-agent generator with published statistics of the trace it is fitted to."""
+    asked = tool_agent(num_prompts=args.requests or 23_608)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "agent.jsonl"
+        write_trace(asked, path, "mooncake", block_size=512)
+        source = read_trace(path, "mooncake")
+        found = trace_stats(source)
+        unique, ideal = found["unique_blocks"], found["ideal_block_hit_ratio"]
+        lru = [replay(source, int(unique * share)).block_hit_ratio for share in AGENT_LRU]
+    rows = {
+        "requests per second": (found["requests_per_second"], 6.67),
+        "mean input": (found["input_tokens"]["mean"], 8596),
+        "mean output": (found["output_tokens"]["mean"], 182),
+        "median output": (found["output_tokens"]["p50"], 30),
+        "unbounded, by blocks": (ideal, 0.553),
+    }
+    for (share, theirs), ours in zip(AGENT_LRU.items(), lru, strict=True):
+        rows[f"LRU, {share:.0%} of unique blocks"] = (ours, theirs)
+    for name, (ours, theirs) in rows.items():
+        print(f"{name:27} generated {ours:10,.3f}  published {theirs:10,.3f}")
+    return rows
+
+
 def weka(args):
     """Read the agent sessions and say how much an unbounded cache would hold of each prompt."""
     source = trace("weka_agentic/requests_rle.jsonl.gz", "weka", on_error="skip")
@@ -211,6 +238,7 @@ PARTS = {
     "real": real,
     "replay": pure_replay,
     "conversation": conversation,
+    "agent": agent,
     "weka": weka,
     "servegen": servegen,
 }

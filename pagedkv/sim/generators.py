@@ -1,4 +1,8 @@
-"""Workloads made up to order: arrivals, lengths, and who shares what; seeded, a stream per user."""
+"""Workloads made up to order: arrivals, lengths, and who shares what.
+
+Seeded: each user has random streams of its own, one for every thing that is drawn, so that runs
+that differ in one thing (a rate, a law of lengths, the number of requests) are alike in all others.
+"""
 
 import heapq
 import itertools
@@ -80,6 +84,11 @@ def gaps(rng: np.random.Generator, rate: float, burstiness: float, count: int) -
     return rng.gamma(burstiness, 1 / (rate * burstiness), count)
 
 
+def _draws(seed: int, user: int, count: int) -> list[np.random.Generator]:
+    """Return a user's random streams: what is drawn from one does not move the others."""
+    return [np.random.default_rng(s) for s in np.random.SeedSequence([seed, user]).spawn(count)]
+
+
 def _key(seed: int, user: int, number: int) -> int:
     return (seed * 1_000_003 + user) * 10_000_019 + number
 
@@ -113,24 +122,24 @@ def random_requests(
     )
 
     def source() -> Iterator[SimRequest]:
-        rng = np.random.default_rng([seed, user])
+        arrivals, inputs, outputs, prefixes = _draws(seed, user, 4)
         now = 0.0
         for first in range(0, num_prompts, 1024):  # as much at a time as numpy likes
             count = min(1024, num_prompts - first)
-            times = now + np.cumsum(gaps(rng, rate, burstiness, count))
+            times = now + np.cumsum(gaps(arrivals, rate, burstiness, count))
             now = float(times[-1])
-            inputs, outputs = input_len.draw(rng, count), output_len.draw(rng, count)
-            which = rng.integers(num_prefixes, size=count)
+            asked, answered = input_len.draw(inputs, count), output_len.draw(outputs, count)
+            which = prefixes.integers(num_prefixes, size=count)
             for i in range(count):
                 key = _key(seed, user, first + i)
-                prompt = text(_stream(PROMPT, key), int(inputs[i]))
+                prompt = text(_stream(PROMPT, key), int(asked[i]))
                 if prefix_len:
                     shared = _key(seed, user, int(which[i]))
                     prompt = text(_stream(SYSTEM, shared), prefix_len) + prompt
                 yield SimRequest(
                     arrival=float(times[i]),
                     prompt=prompt,
-                    output_len=int(outputs[i]),
+                    output_len=int(answered[i]),
                     output_stream=_stream(OUTPUT, key),
                     tenant=tenant,
                 )
@@ -143,7 +152,9 @@ def tenants(
 ) -> Workload:
     """Several tenants with a system prompt each; tenant ``k`` asks ``(k + 1) ** -skew`` as often.
 
-    Each has random streams of its own: what one asks does not depend on how many others there are.
+    Each has random streams of its own: what one asks, and the pattern in which it asks, do not
+    depend on how many others there are. ``rate`` is of all together, so that with more tenants
+    each asks more slowly.
     """
     check("workload", num_tenants=num_tenants, skew=skew, rate=rate, num_prompts=num_prompts)
     shares = np.arange(1, num_tenants + 1, dtype=np.float64) ** -skew
@@ -152,7 +163,7 @@ def tenants(
     parts = [
         random_requests(
             num_prompts=num_prompts,
-            rate=rate * share,
+            rate=share,
             tenant=f"tenant-{user}",
             user=user,
             **options,
@@ -162,7 +173,9 @@ def tenants(
 
     def source() -> Iterator[SimRequest]:
         merged = heapq.merge(*parts, key=lambda request: request.arrival)
-        return itertools.islice(merged, num_prompts)
+        for request in itertools.islice(merged, num_prompts):
+            request.arrival /= rate  # merged before, so that all at once are still of all tenants
+            yield request
 
     return Workload("tenants", source)
 
@@ -201,42 +214,56 @@ def sessions(
     )
 
     def source() -> Iterator[SimRequest]:
-        starts = np.random.default_rng([seed, 0])
+        (starts,) = _draws(seed, 0, 1)
         now, made = 0.0, 0
         for user in itertools.count(1):
             if made >= num_prompts:
                 return
             now += float(gaps(starts, rate, burstiness, 1)[0])
-            rng = np.random.default_rng([seed, user])
-            count = min(int(rng.geometric(1 / turns)), num_prompts - made)
+            turning, asking, answering, thinking = _draws(seed, user, 4)
+            count = min(int(turning.geometric(1 / turns)), num_prompts - made)
             made += count
-            yield _conversation(rng, user, count, now)
-
-    def _conversation(rng: np.random.Generator, user: int, count: int, start: float) -> SimRequest:
-        inputs, outputs = input_len.draw(rng, count), output_len.draw(rng, count)
-        pauses = rng.exponential(think, count)
-        history: Content | None = text(_stream(SYSTEM, seed), prefix_len) if prefix_len else None
-        turns_made: list[SimRequest] = []
-        for turn in range(count):
-            key = _key(seed, user, turn)
-            asked = text(_stream(PROMPT, key), int(inputs[turn]))
-            prompt = asked if history is None else history + asked
-            answer = _stream(OUTPUT, key)
-            request = SimRequest(
-                arrival=start,
-                prompt=prompt,
-                output_len=int(outputs[turn]),
-                output_stream=answer,
-                session=f"session-{user}",
-                think=float(pauses[turn]),
+            yield _conversation(
+                text(_stream(SYSTEM, seed), prefix_len) if prefix_len else None,
+                input_len.draw(asking, count),
+                output_len.draw(answering, count),
+                thinking.exponential(think, count),
+                (seed, user),
+                now,
             )
-            if turns_made:
-                turns_made[-1].then = request
-            turns_made.append(request)
-            history = prompt + text(answer, int(outputs[turn]))
-        return turns_made[0]
 
     return Workload("sessions", source, closed_loop=True)
+
+
+def _conversation(
+    system: Content | None,
+    inputs: Int64,
+    outputs: Int64,
+    pauses: Float64,
+    who: tuple[int, int],
+    start: float,
+) -> SimRequest:
+    """Return one conversation's first turn: the others follow it. All arrays are [turns]."""
+    history = system
+    made: list[SimRequest] = []
+    for turn in range(len(inputs)):
+        key = _key(*who, turn)
+        asked = text(_stream(PROMPT, key), int(inputs[turn]))
+        prompt = asked if history is None else history + asked
+        answer = _stream(OUTPUT, key)
+        request = SimRequest(
+            arrival=start,
+            prompt=prompt,
+            output_len=int(outputs[turn]),
+            output_stream=answer,
+            session=f"session-{who[1]}",
+            think=float(pauses[turn]),
+        )
+        if made:
+            made[-1].then = request
+        made.append(request)
+        history = prompt + text(answer, int(outputs[turn]))
+    return made[0]
 
 
 def tool_agent(
@@ -244,36 +271,39 @@ def tool_agent(
 ) -> Workload:
     """Requests like Mooncake's tool-agent trace: a few hot system prompts, short answers.
 
-    Fitted to published statistics of a trace that is not shipped: prompts of 8,596 tokens and
-    answers of 182 on average (median 30), 6.67 requests per second, three hot prefixes of 5, 12
-    and 5 blocks of 512 tokens with 46, 15 and 39 % of requests, and an ideal hit ratio of 0.553 by
-    blocks. Some requests are an agent's next call: they go on from an earlier one, 700 requests
-    before on average.
+    Fitted to published statistics of a trace that is not shipped, of 23,608 requests: prompts of
+    8,596 tokens and answers of 182 on average (median 30), three hot prefixes of 5, 12 and 5
+    blocks of 512 tokens with 46, 15 and 39 % of requests, and hit ratios by blocks of an unbounded
+    cache (0.553) and of LRU. Some requests are an agent's next call: they go on from an earlier
+    one, 1,100 requests before on average. ``benchmarks/simulation.py agent`` shows both sides.
+
+    Args:
+        rate: Requests per second; the trace's own if omitted.
     """
     check("workload", num_prompts=num_prompts, rate=rate, burstiness=burstiness, seed=seed)
     hot = np.array([5, 12, 5]) * 512
     shares = np.array([0.463, 0.147, 0.390])
 
     def source() -> Iterator[SimRequest]:
-        rng = np.random.default_rng([seed, 0])
+        arrivals, agents, inputs, outputs = _draws(seed, 0, 4)
         now = 0.0
         past: list[tuple[int, Content]] = []
         for number in range(num_prompts):
-            now += float(gaps(rng, rate, burstiness, 1)[0])
-            back = int(rng.exponential(700))
-            if rng.random() < 0.33 and back < len(past):
+            now += float(gaps(arrivals, rate, burstiness, 1)[0])
+            back = int(agents.gamma(2, 550))
+            if agents.random() < 0.378 and back < len(past):
                 kind, base = past.pop(len(past) - 1 - back)
             else:
-                kind = int(rng.choice(3, p=shares))
+                kind = int(agents.choice(3, p=shares))
                 base = text(_stream(SYSTEM, kind), int(hot[kind]))
-            fresh = 1 + int(rng.lognormal(7.86, 0.9))
+            fresh = 1 + int(inputs.lognormal(7.775, 0.9))
             prompt = base + text(_stream(PROMPT, _key(seed, kind, number)), fresh)
             past.append((kind, prompt))
             del past[:-8192]
             yield SimRequest(
                 arrival=now,
                 prompt=prompt,
-                output_len=max(1, int(rng.lognormal(np.log(30), 1.9))),
+                output_len=max(1, int(outputs.lognormal(np.log(30), 1.9))),
                 output_stream=_stream(OUTPUT, _key(seed, kind, number)),
                 tenant=f"tool-{kind}",
             )
