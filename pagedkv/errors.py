@@ -34,6 +34,8 @@ __all__ = [
     "Unattainable",
     "UnsupportedBackend",
     "WorkerLost",
+    "is_text",
+    "shown",
 ]
 
 
@@ -55,6 +57,26 @@ class PagedKVError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.remedy)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as a message shows it: its repr, if it has one, cut to ``most`` characters."""
+    try:
+        return f"{value!r:.{most}}"
+    except Exception:  # a repr may raise anything; an integer's does beyond 4,300 digits
+        size = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        return f"<{type(value).__name__}{size}>"
+
+
+def is_text(value: object) -> bool:
+    """Return whether a value is text that can be written down: without half a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rebuild(kind: type[PagedKVError], what: str, where: str, remedy: str) -> PagedKVError:

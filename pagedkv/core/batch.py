@@ -197,6 +197,11 @@ class Draws:
         return {name: column[self.rows] for name, column in self.table.sampling.items()}
 
     @cached_property
+    def most_logprobs(self) -> int:
+        """The most alternatives that any wants; -1 if none wants any log-probability."""
+        return int(self.columns["num_logprobs"].max(initial=-1))
+
+    @cached_property
     def penalised(self) -> Int32:
         """The indices of those that have any penalty."""
         return np.flatnonzero(self.table.penalised[self.rows]).astype(np.int32)
@@ -238,7 +243,12 @@ class Draws:
     def sampling(self) -> SamplingBatch:
         """Return the parameters of the draws."""
         position = self.table.num_known[self.rows] - self.num_prompt
-        return SamplingBatch(**self.columns, position=position, penalties=self._penalties())
+        return SamplingBatch(
+            **self.columns,
+            position=position,
+            most_logprobs=self.most_logprobs,
+            penalties=self._penalties(),
+        )
 
     def _penalties(self) -> Penalties | None:
         sample = self.penalised

@@ -18,7 +18,6 @@ from pagedkv.core.arrays import Bool, Float64, Int32, Int64
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import Certificate, Sequence
-from pagedkv.errors import InvalidTransition
 
 __all__ = ["NO_BEAM", "Beams", "Hypothesis", "Search"]
 
@@ -193,29 +192,13 @@ class Beams:
 
     # A step's candidates
 
-    def check(self, plan: StepPlan, result: StepResult) -> None:
-        """Check that a result has candidates for the beams that draw.
-
-        Raises:
-            InvalidTransition: It has not.
-        """
-        if not self or not (mine := self.covers[plan.sample_rows]).any():
-            return
-        wanted = len(mine), int(plan.sampling.num_logprobs[mine].max())
-        for name in ("top_ids", "top_logprobs"):
-            shape = np.shape(getattr(result, name))
-            if len(shape) != 2 or shape[0] != wanted[0] or shape[1] < wanted[1]:
-                raise InvalidTransition(
-                    f"the result's {name} are of shape {shape} and a beam search needs {wanted}",
-                    where="commit",
-                    remedy="give as many of the likeliest tokens as sampling.num_logprobs says",
-                )
-
     def faulty(self, plan: StepPlan, result: StepResult, vocab_size: int) -> Bool:
         """Return which samples are of beams and name candidates that are no tokens: [S]."""
         mine: Bool = self.covers[plan.sample_rows]
         if mine.any():
-            ids, logprobs = np.asarray(result.top_ids), np.asarray(result.top_logprobs)
+            ids, logprobs = result.top_ids, result.top_logprobs
+            assert ids is not None
+            assert logprobs is not None
             used = np.arange(ids.shape[1]) < plan.sampling.num_logprobs[:, None]
             bad = (ids < 0) | (ids >= vocab_size) | np.isnan(logprobs)
             mine = mine & (bad & used).any(axis=1)
@@ -227,15 +210,15 @@ class Beams:
         if not mine.any():
             return sample
         rows, asked = plan.sample_rows[sample[mine]], sample[mine]
-        token_ids = np.asarray(result.top_ids)[asked]
-        logprobs = np.asarray(result.top_logprobs)[asked]
-        width = token_ids.shape[1]
+        assert result.top_ids is not None
+        assert result.top_logprobs is not None
+        width = result.top_ids.shape[1]
         short = width - self._token_ids.shape[1]
         if short > 0:
             self._token_ids = np.pad(self._token_ids, ((0, 0), (0, short)))
             self._logprobs = np.pad(self._logprobs, ((0, 0), (0, short)))
-        self._token_ids[rows, :width] = token_ids
-        self._logprobs[rows, :width] = logprobs
+        self._token_ids[rows, :width] = result.top_ids[asked]
+        self._logprobs[rows, :width] = result.top_logprobs[asked]
         self._arrived[rows] = True
         return sample[~mine]
 

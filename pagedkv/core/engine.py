@@ -1,11 +1,13 @@
 """The loop that serves: schedule, execute, commit."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
 from pagedkv.core.plan import Executor, StepOutput, StepPlan, StepResult
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.errors import InvalidTransition
 
 __all__ = ["Engine", "Observer"]
 
@@ -32,16 +34,18 @@ class Engine:
     def step(self) -> tuple[StepPlan, StepResult, StepOutput]:
         """Make, carry out and commit one plan.
 
-        If the executor raises, the plan is discarded and the error goes on: nothing is lost, and
-        the next step computes again.
+        If the executor raises, or its result is refused, the plan is discarded and the error goes
+        on: nothing is lost, and the next step computes again. An error of an observer goes on as
+        well; the step is taken then, and those after it are not told.
         """
         plan = self.scheduler.schedule()
         try:
             result = self.executor.execute(plan) if plan.num_tokens else EMPTY_RESULT
+            output = self.scheduler.commit(plan, result)
         except BaseException:
-            self.scheduler.discard(plan)
+            with suppress(InvalidTransition):  # interrupted when it was taken in already
+                self.scheduler.discard(plan)
             raise
-        output = self.scheduler.commit(plan, result)
         for observer in self.observers:
             observer(plan, result, output)
         return plan, result, output

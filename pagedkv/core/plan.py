@@ -4,15 +4,12 @@ A plan is made by the scheduler, carried out by an executor and given back to th
 its result. It holds arrays and nothing that points into the scheduler, so it can be kept.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from pagedkv.core.arrays import Bool, Float32, Int32, Int64, UInt64
 from pagedkv.core.request import FinishedSequence
-from pagedkv.errors import InvalidTransition
 
 __all__ = [
     "Executor",
@@ -25,8 +22,6 @@ __all__ = [
     "StepOutput",
     "StepPlan",
     "StepResult",
-    "drawn_tokens",
-    "not_finite",
 ]
 
 
@@ -51,6 +46,7 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
         seed: [S] uint64; with `position`, all the randomness a draw may use.
         position: [S] How many tokens the sequence generated before this one.
         num_logprobs: [S] Alternatives to report; -1 reports nothing.
+        most_logprobs: The largest of these; -1 if nobody wants any log-probability.
         penalties: What repetition, presence and frequency penalties need; None if none is set.
     """
 
@@ -61,6 +57,7 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
     seed: UInt64
     position: Int32
     num_logprobs: Int32
+    most_logprobs: int
     repetition_penalty: Float32
     presence_penalty: Float32
     frequency_penalty: Float32
@@ -232,58 +229,3 @@ class Executor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step: moves, copies, then writes and attention, then draws. Blocks until done."""
         ...
-
-
-def drawn_tokens(plan: StepPlan, result: StepResult) -> npt.NDArray[np.integer[Any]]:
-    """Return a result's tokens, whatever integer type they came as, once it answers the plan.
-
-    Raises:
-        InvalidTransition: It is not one whole number per sample, or its observations or prompt
-            log-probabilities are not of the plan's shapes.
-    """
-    if not isinstance(result, StepResult):
-        raise InvalidTransition(
-            f"the result is {result!r:.80}", where="commit", remedy="give a StepResult"
-        )
-    drawn = np.asarray(result.token_ids)
-    if not drawn.size:
-        drawn = drawn.astype(np.int32)
-    if drawn.shape != plan.sample_rows.shape or drawn.dtype.kind not in "iu":
-        raise InvalidTransition(
-            f"the result's token_ids are {drawn.dtype} of shape {drawn.shape} for "
-            f"{len(plan.sample_rows)} samples",
-            where="commit",
-            remedy="give one token id per sample, as whole numbers",
-        )
-    groups = len(plan.block_table)
-    wanted = [(groups, len(each.members), each.width) for each in plan.observations]
-    if [np.shape(each.values) for each in result.observed] != wanted or (
-        [np.shape(each.mass) for each in result.observed] != wanted
-    ):
-        raise InvalidTransition(
-            f"the result's observations are not of the shapes {wanted}",
-            where="commit",
-            remedy="answer every observation of the plan, in order",
-        )
-    asked = 0 if plan.prompt_targets is None else len(plan.prompt_targets.index)
-    given = 0 if result.prompt_logprobs is None else len(result.prompt_logprobs.logprobs)
-    if asked != given:
-        raise InvalidTransition(
-            f"the result has {given} prompt log-probabilities for {asked} prompt targets",
-            where="commit",
-            remedy="answer every prompt target of the plan, in order",
-        )
-    return drawn
-
-
-def not_finite(plan: StepPlan, result: StepResult) -> Bool:
-    """Return which of the plan's sequences were observed to be no finite numbers: [B]."""
-    wrong: Bool = np.zeros(len(plan.rows), np.bool_)
-    for wanted, seen in zip(plan.observations, result.observed, strict=True):
-        for values in (seen.values, seen.mass):
-            # One pass, the fastest; which of them it is, or whether squares are just too large,
-            # is rarely asked.
-            flat = values.ravel()
-            if not np.isfinite(flat @ flat):
-                wrong[wanted.members] |= ~np.isfinite(values).all(axis=(0, 2))
-    return wrong

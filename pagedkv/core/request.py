@@ -126,7 +126,7 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
     Attributes:
         request_id: The request it answers.
         seq_id: Its own id.
-        index: Which of the request's ``n`` sequences.
+        index: Which of the request's sequences: ``n``, or ``best_of`` to choose ``n`` from.
         token_ids: The generated tokens, a stop token included.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``.
         stop_reason: The stop token's id or the stop string, if one ended it and it was not eos.

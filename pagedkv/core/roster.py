@@ -188,6 +188,13 @@ class Roster:
         for member in party:
             member.row = -1
 
+    def preempt_rows(self, rows: Int32) -> None:
+        """Let rows go back to waiting, in their order."""
+        for row in rows[::-1].tolist():
+            seq = self._table.sequences[row]
+            if seq is not None:  # not gone already with the beam it moves with
+                self.preempt(seq)
+
     def fail_outgrown(self, seq: Sequence) -> None:
         """End a sequence that the whole pool, or its tenant's part of it, can no longer hold."""
         self._totals.num_failed += 1

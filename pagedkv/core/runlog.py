@@ -100,10 +100,10 @@ class RunLog:
         self._write(["abort", request_id])
         return ended
 
-    def stop(self, seq_id: int, stop_reason: str) -> FinishedSequence:
+    def stop(self, seq_id: int, stop_reason: str) -> list[FinishedSequence]:
         """As `Scheduler.stop`."""
         ended = self._scheduler.stop(seq_id, stop_reason)
-        self._write(["stop", [seq_id, stop_reason]])
+        self._write(["stop", [int(seq_id), stop_reason]])
         return ended
 
     def schedule(self) -> StepPlan:

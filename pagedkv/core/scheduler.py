@@ -1,6 +1,7 @@
 """Requests in, step plans out: continuous batching with chunked prefill under a token budget."""
 
-import msgspec
+from collections.abc import KeysView
+
 import numpy as np
 
 from pagedkv.config import EngineConfig, audit_enabled
@@ -11,19 +12,20 @@ from pagedkv.core.bounds import foreseeable
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
 from pagedkv.core.manager import NO_MOVES, BlockManager
-from pagedkv.core.plan import StepOutput, StepPlan, StepResult, drawn_tokens, not_finite
+from pagedkv.core.plan import StepOutput, StepPlan, StepResult
 from pagedkv.core.planner import Decision, build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue
 from pagedkv.core.request import FinishedSequence, Request, Sequence
+from pagedkv.core.result import checked_result, not_finite
 from pagedkv.core.retention import Retention
 from pagedkv.core.roster import Roster
 from pagedkv.core.stats import SchedulerStats, Totals
 from pagedkv.core.tenants import Tenants
 from pagedkv.core.tiers import HostTier
 from pagedkv.core.victims import Victim, last_admitted, least_urgent
-from pagedkv.errors import InvalidRequest, InvalidTransition
+from pagedkv.errors import InvalidRequest, InvalidTransition, is_text, shown
 from pagedkv.events import KVEvent
 
 __all__ = ["Scheduler"]
@@ -76,7 +78,8 @@ class Scheduler:
         """Queue a request.
 
         Returns:
-            The ids of its ``n`` sequences.
+            The ids of the sequences that are answered: of all that are drawn, ``best_of`` or
+            ``n``, for whoever ranks them has to see them all; of a beam search ``n``.
 
         Raises:
             InvalidRequest: The prompt or the parameters are wrong, the id is in use, or the tenant
@@ -85,7 +88,7 @@ class Scheduler:
         """
         if not isinstance(request, Request):
             raise InvalidRequest(
-                f"it is {request!r:.80}", where="request", remedy="give a pagedkv.Request"
+                f"it is {shown(request)}", where="request", remedy="give a pagedkv.Request"
             )
         if request.request_id in self._roster.requests:
             raise InvalidRequest(
@@ -113,12 +116,12 @@ class Scheduler:
         Raises:
             InvalidTransition: No such request is queued or running.
         """
-        group = self._roster.requests.get(request_id)
+        group = self._roster.requests.get(request_id) if isinstance(request_id, str) else None
         if group is None:
             raise InvalidTransition(
                 "it has finished or was never added",
-                where=f"request {request_id!r}",
-                remedy="abort each request at most once",
+                where=f"request {shown(request_id)}",
+                remedy="abort each request at most once, by its id",
             )
         ended: list[FinishedSequence] = []
         for seq in list(group):
@@ -128,23 +131,38 @@ class Scheduler:
                 ended += self._roster.end(seq, "abort")
         return ended
 
-    def stop(self, seq_id: int, stop_reason: str) -> FinishedSequence:
+    def stop(self, seq_id: int, stop_reason: str) -> list[FinishedSequence]:
         """End one sequence because its text holds a stop string.
 
+        Returns:
+            All that end: beams do so together, and each of the search's ``n`` answers is told.
+
         Raises:
-            InvalidTransition: The sequence has finished or never was.
+            InvalidTransition: The sequence has finished or never was, or the reason is no text.
         """
-        seq = self._roster.sequences.get(seq_id)
+        known = isinstance(seq_id, int | np.integer) and seq_id in self._roster.sequences
+        seq = self._roster.sequences[seq_id] if known else None
         if seq is None or self._num_known(seq) == seq.num_prompt:
             raise InvalidTransition(
                 "it has finished, has no text yet, or never was",
-                where=f"sequence {seq_id}",
-                remedy="stop a sequence that has generated tokens",
+                where=f"sequence {shown(seq_id)}",
+                remedy="stop a sequence that has generated tokens, by its id",
             )
-        return self._roster.end(seq, "stop", stop_reason=stop_reason)[0]
+        if not is_text(stop_reason):
+            raise InvalidTransition(
+                f"the reason is {shown(stop_reason)}",
+                where=f"sequence {seq_id}",
+                remedy="give the stop string, as text that can be encoded as UTF-8",
+            )
+        return self._roster.end(seq, "stop", stop_reason=stop_reason)
 
     def _num_known(self, seq: Sequence) -> int:
         return int(self.table.num_known[seq.row]) if seq.row >= 0 else len(seq.token_ids)
+
+    @property
+    def in_work(self) -> KeysView[str]:
+        """The ids of the requests that are waiting or running."""
+        return self._roster.requests.keys()
 
     def has_unfinished(self) -> bool:
         """Return whether any request is waiting or running, or an end was not reported yet."""
@@ -239,12 +257,13 @@ class Scheduler:
         ends with an error. So does one that was observed to attend to no finite numbers.
 
         Raises:
-            InvalidTransition: The plan is not the outstanding one, or the result is not one whole
-                number for each of the plan's samples; nothing changes.
+            InvalidTransition: The plan is not the outstanding one, or the result does not answer
+                all of it (`checked_result`); nothing changes.
         """
         self._check_outstanding(plan, "commit")
-        drawn = drawn_tokens(plan, result)
-        self._beams.check(plan, result)
+        vocab_size = self.config.model.vocab_size
+        result = checked_result(plan, result, vocab_size)
+        drawn = result.token_ids
         self._outstanding = None
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
@@ -253,9 +272,8 @@ class Scheduler:
         broken = alive & not_finite(plan, result)
         self.retention.observe(plan, result, alive & ~broken)
         self.manager.advance(live)
-        self._preempt(self.retention.evict(live))
+        self._roster.preempt_rows(self.retention.evict(live))
         self._roster.fork_siblings()
-        vocab_size = self.config.model.vocab_size
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:
             failed |= self._beams.faulty(plan, result, vocab_size)
@@ -267,7 +285,7 @@ class Scheduler:
         rows, seq_ids = draws.rows, self.table.seq_id[draws.rows]
         stopped, full = draws.append(token_ids)
         if result.logprobs is not None:
-            self.table.cumulative[rows] += np.asarray(result.logprobs)[sample]
+            self.table.cumulative[rows] += result.logprobs[sample]
         self._totals.generation_tokens += len(rows)
         self.tenants.charge(draws.tenants, 1)
         self._finish_ended(rows, token_ids, stopped, full)
@@ -306,19 +324,12 @@ class Scheduler:
         alive = self.table.seq_id[plan.rows] == plan.seq_ids
         running = self.table.running
         moved = self.manager.holders(plan.moves[:, 1] // self.manager.block_size)
-        self._preempt(running[np.isin(running, plan.rows[alive]) | moved])
-
-    def _preempt(self, rows: Int32) -> None:
-        """Let rows go back to waiting, in their order."""
-        for row in rows[::-1].tolist():
-            seq = self.table.sequences[row]
-            if seq is not None:  # not gone already with the beam it moves with
-                self._roster.preempt(seq)
+        self._roster.preempt_rows(running[np.isin(running, plan.rows[alive]) | moved])
 
     def _check_outstanding(self, plan: StepPlan, where: str) -> None:
         if self._outstanding is None or plan is not self._outstanding:
             raise InvalidTransition(
-                f"plan {getattr(plan, 'step', plan)} is not the outstanding plan of this scheduler",
+                f"plan {shown(getattr(plan, 'step', plan))} is not the outstanding plan",
                 where=where,
                 remedy="commit every plan once, in order, to the scheduler that made it",
             )
@@ -358,17 +369,8 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Return the counts of now and the totals so far."""
-        pool = self.manager.pool
-        return SchedulerStats(
-            num_running=len(self.table.running),
-            num_waiting=len(self._roster.waiting),
-            blocks_held=pool.num_held,
-            blocks_cached=pool.num_cached,
-            blocks_free=pool.num_available - pool.num_cached,
-            host_blocks_held=self.tier.num_blocks - self.tier.num_free,
-            blocks_reclaimed=pool.num_reclaimed,
-            **msgspec.structs.asdict(self._totals),
-        )
+        running, waiting = len(self.table.running), len(self._roster.waiting)
+        return SchedulerStats.of(self.manager.pool, self.tier, running, waiting, self._totals)
 
     def take_events(self) -> list[KVEvent]:
         """Return the KV events since the last call; needs ``cache.enable_kv_cache_events``."""

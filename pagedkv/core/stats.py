@@ -1,6 +1,10 @@
 """How a scheduler is doing, in counts."""
 
 from msgspec import Struct
+from msgspec.structs import asdict
+
+from pagedkv.core.pool import BlockPool
+from pagedkv.core.tiers import HostTier
 
 __all__ = ["SchedulerStats", "Totals"]
 
@@ -69,6 +73,22 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     resumed_tokens: int
     resumed_tokens_cached: int
     tokens_moved: int
+
+    @classmethod
+    def of(
+        cls, pool: BlockPool, tier: HostTier, num_running: int, num_waiting: int, totals: Totals
+    ) -> "SchedulerStats":
+        """Count now."""
+        return cls(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            blocks_held=pool.num_held,
+            blocks_cached=pool.num_cached,
+            blocks_free=pool.num_available - pool.num_cached,
+            host_blocks_held=tier.num_blocks - tier.num_free,
+            blocks_reclaimed=pool.num_reclaimed,
+            **asdict(totals),
+        )
 
     @property
     def kv_cache_usage(self) -> float:

@@ -111,10 +111,15 @@ class OutputCollector:
                 )
 
     def finish(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
-        """Take in sequences that ended; return the requests that are complete with them."""
+        """Take in sequences that ended; return the requests that are complete with them.
+
+        Those of requests that are not tracked, or not any more, are passed over.
+        """
         complete = []
         for end in finished:
-            tracked = self._requests[end.request_id]
+            tracked = self._requests.get(end.request_id)
+            if tracked is None:
+                continue
             tracked.completions[end.index] = self._completion(end)
             tracked.cumulative[end.index] = end.cumulative_logprob or 0.0
             tracked.num_cached_tokens = max(tracked.num_cached_tokens, end.num_cached_tokens)
@@ -122,6 +127,13 @@ class OutputCollector:
                 del self._requests[end.request_id]
                 complete.append(self._output(tracked))
         return complete
+
+    def forget(self, request_id: str) -> None:
+        """Drop all that was gathered of a request, if it is tracked."""
+        tracked = self._requests.pop(request_id, None)
+        for seq_id in tracked.seq_ids if tracked is not None else ():
+            self._watched.pop(seq_id, None)
+            self._scored.pop(seq_id, None)
 
     def _likeliest(self, tracked: _Tracked) -> list[CompletionOutput]:
         """Return the ``n`` likeliest of ``best_of`` sequences; those that failed come last."""

@@ -1,7 +1,7 @@
 """Text in, text out: many prompts through one pool of blocks."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import suppress
 from typing import Any
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pagedkv.config import EngineConfig, ModelConfig, with_fields
 from pagedkv.core.arrays import Int32
+from pagedkv.core.plan import StepOutput, StepPlan, StepResult
 from pagedkv.core.request import Request, SamplingParams
 from pagedkv.device.assembly import assemble
 from pagedkv.device.collector import OutputCollector
@@ -75,6 +76,7 @@ class LLM:
         assert isinstance(executor, TorchExecutor)
         self.store = executor.store
         self.config = self.scheduler.config
+        self.engine.observers.append(self._collect)  # before any other
         self._collector = OutputCollector(self.model.tokenizer, geometry.eos_token_ids)
         self._num_requests = 0
         self._done: dict[str, RequestOutput] = {}  # finished, and not yet handed to who asked
@@ -184,10 +186,6 @@ class LLM:
         Raises:
             InvalidTransition: No such request is in work.
         """
-        if not isinstance(request_id, str):
-            raise InvalidTransition(
-                f"the request id is {request_id!r:.80}", where="abort", remedy="give its text"
-            )
         self._keep(self._collector.finish(self.scheduler.abort(request_id)))
 
     def chat(
@@ -243,8 +241,8 @@ class LLM:
                 seq_ids = self.scheduler.add(request)
                 added.append(request.request_id)
                 self._collector.track(request, text, seq_ids, streams=streams)
-        except Exception:
-            self._abort(added)
+        except BaseException:
+            self._abandon(added)
             raise
         return added
 
@@ -282,33 +280,51 @@ class LLM:
         left = set(order)
         try:
             while left:
-                plan, result, output = self.engine.step()
-                ends = list(output.finished)
-                ended = {end.seq_id for end in ends}
-                for seq_id, string in self._collector.observe(plan, result, output):
-                    if seq_id not in ended:
-                        ends.append(self.scheduler.stop(seq_id, string))
-                self._keep(self._collector.finish(ends))
+                _, _, output = self.engine.step()
                 finished = [self._done.pop(key) for key in list(self._done) if key in left]
                 left.difference_update(done.request_id for done in finished)
+                self._check_in_work(left)
                 partial = self._collector.snapshots(output) if streams else []
                 yield [each for each in partial if each.request_id in left], finished
         finally:
             self._abandon(left)
 
-    def _abandon(self, request_ids: set[str]) -> None:
-        """Nobody waits for these any more: end what runs, forget what is done."""
-        with suppress(InvalidTransition):  # if somebody else has stepped the engine meanwhile
-            self._abort(request_ids - self._done.keys())
-        for request_id in request_ids:
+    def _collect(self, plan: StepPlan, result: StepResult, output: StepOutput) -> None:
+        """Take in a step before any other observer is told of it, so that it may abort or raise."""
+        ends = list(output.finished)
+        ended = {end.seq_id for end in ends}
+        for seq_id, string in self._collector.observe(plan, result, output):
+            if seq_id not in ended:
+                ends += self.scheduler.stop(seq_id, string)
+        self._keep(self._collector.finish(ends))
+
+    def _check_in_work(self, request_ids: set[str]) -> None:
+        """Refuse to wait for what will never come.
+
+        Raises:
+            InvalidTransition: A request is neither in work nor done: it was ended at the scheduler
+                itself, or an interrupt took its end away.
+        """
+        for request_id in sorted(request_ids - self.scheduler.in_work - self._done.keys()):
+            raise InvalidTransition(
+                "it was ended behind this LLM's back, and its output is lost",
+                where=f"request {request_id!r}",
+                remedy="use LLM.abort, not that of its scheduler",
+            )
+
+    def _abandon(self, request_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more: end what runs, forget what is done.
+
+        Whatever was interrupted before, each of them leaves nothing behind.
+        """
+        for request_id in sorted(request_ids):
+            with suppress(InvalidTransition):  # it has ended already
+                self.scheduler.abort(request_id)
+            self._collector.forget(request_id)
             self._done.pop(request_id, None)
 
     def _keep(self, finished: list[RequestOutput]) -> None:
         self._done.update((output.request_id, output) for output in finished)
-
-    def _abort(self, request_ids: Many[str] | set[str]) -> None:
-        for request_id in sorted(request_ids):
-            self._collector.finish(self.scheduler.abort(request_id))
 
 
 def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:

@@ -78,9 +78,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
     rows = np.flatnonzero((ids >= 0) & (batch.temperature >= _GREEDY))
     if rows.size:
         ids[rows] = _drawn(x, peak, batch, rows)
-    if (batch.num_logprobs < 0).all():
+    if batch.most_logprobs < 0:
         return StepResult(token_ids=ids)
-    return _with_logprobs(raw, ids, batch.num_logprobs)
+    return _with_logprobs(raw, ids, batch)
 
 
 def uniforms(seed: _UInt64, position: Int32) -> npt.NDArray[np.float64]:
@@ -327,9 +327,9 @@ def _sorted_rows(keys: Tensor) -> Tensor:
     return keys
 
 
-def _with_logprobs(raw: Tensor, ids: Int32, wanted: Int32) -> StepResult:
+def _with_logprobs(raw: Tensor, ids: Int32, batch: SamplingBatch) -> StepResult:
     """Add the log-probabilities that rows asked for to the tokens that were drawn."""
-    width = min(int(wanted.max()), raw.shape[1])
+    wanted, width = batch.num_logprobs, min(batch.most_logprobs, raw.shape[1])
     logprobs = np.full(len(ids), np.nan, np.float32)
     top_ids = np.full((len(ids), width), -1, np.int32)
     top = np.full((len(ids), width), np.nan, np.float32)

@@ -116,7 +116,8 @@ class RecordingExecutor:
                 member, plan.sampling.seed, plan.sampling.position, strict=True
             )
         ]
-        return StepResult(token_ids=np.array(drawn, np.int32))
+        tokens = np.array(drawn, np.int32)
+        return StepResult(token_ids=tokens, logprobs=-np.ones(len(tokens), np.float32))
 
     def _swap(self, out, back):
         """Blocks go to host memory and come back under another number."""

@@ -64,7 +64,7 @@ def test_a_result_of_another_shape_or_kind_is_refused_and_the_right_one_still_ta
     plan = busy.scheduler.schedule()
     right = busy.executor.execute(plan).token_ids
     before = snapshot(busy)
-    with pytest.raises(InvalidTransition, match="sample"):
+    with pytest.raises(InvalidTransition, match="token_ids"):
         busy.scheduler.commit(plan, StepResult(token_ids=WRONG_RESULTS[name](right)))
     assert snapshot(busy) == before
     busy.scheduler.commit(plan, StepResult(token_ids=right.tolist()))
@@ -174,3 +174,31 @@ def test_a_stop_of_what_is_not_there_or_has_no_text_is_refused(busy):
 def test_a_manager_without_block_tables_is_refused(num_groups):
     with pytest.raises(ConfigError, match="num_groups"):
         make_manager(8, num_groups=num_groups)
+
+
+@pytest.mark.parametrize(
+    "name", [["runs"], {}, None, 10**5000], ids=lambda value: type(value).__name__
+)
+def test_an_abort_by_what_is_no_id_is_refused(busy, name):
+    before = snapshot(busy)
+    with pytest.raises(InvalidTransition, match="never added"):
+        busy.scheduler.abort(name)
+    assert snapshot(busy) == before
+
+
+@pytest.mark.parametrize(
+    "seq_id", [[0], {}, None, "0", 0.0, 10**5000], ids=lambda value: type(value).__name__
+)
+def test_a_stop_by_what_is_no_id_is_refused(busy, seq_id):
+    before = snapshot(busy)
+    with pytest.raises(InvalidTransition, match="never was"):
+        busy.scheduler.stop(seq_id, "END")
+    assert snapshot(busy) == before
+
+
+@pytest.mark.parametrize("reason", [None, 3, b"END", "\ud800"])
+def test_a_stop_for_a_reason_that_is_no_text_is_refused(busy, reason):
+    before = snapshot(busy)
+    with pytest.raises(InvalidTransition, match="the reason is"):
+        busy.scheduler.stop(0, reason)
+    assert snapshot(busy) == before

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 import pagedkv.core.beams as beams_module
-from pagedkv import InvalidRequest, InvalidTransition, NeverFits, SamplingParams, StepResult
+from pagedkv import InvalidRequest, InvalidTransition, NeverFits, SamplingParams
 from pagedkv.core.runlog import RunLog, plan_bytes, replay
 from tests.core.fakes import VOCAB, Driver, RecordingExecutor, alone, make_config, make_request
 
@@ -268,6 +268,19 @@ def test_a_discarded_plan_takes_the_whole_search_back():
     check(driver)
 
 
+def test_a_stop_of_a_beam_ends_its_search_and_tells_each_of_its_answers():
+    driver = BeamDriver(make_config(4, 60))
+    ids = driver.add(beams("a", 5, n=2))
+    driver.step()
+    driver.step()
+    ends = driver.scheduler.stop(ids[1], "END")
+    assert [(end.seq_id, end.index, end.stop_reason) for end in ends] == [
+        (ids[0], 0, "END"),
+        (ids[1], 1, "END"),
+    ]
+    assert not driver.scheduler.has_unfinished()
+
+
 @pytest.mark.parametrize("fault", ["token", "nan", "draw"])
 def test_a_beam_whose_logits_failed_ends_its_search_alone(fault):
     driver = BeamDriver(make_config(4, 60))
@@ -305,11 +318,11 @@ def test_a_result_without_candidates_is_refused_and_the_right_one_still_taken():
     result.known.update({i: list(range(5)) for i in range(3)})
     result = result.execute(plan)
     for wrong in (
-        StepResult(token_ids=result.token_ids),
+        replace(result, top_ids=None),
         replace(result, top_ids=result.top_ids[:, :2]),
         replace(result, top_logprobs=result.top_logprobs[:1]),
     ):
-        with pytest.raises(InvalidTransition, match="a beam search needs"):
+        with pytest.raises(InvalidTransition, match="top_"):
             driver.scheduler.commit(plan, wrong)
     driver.scheduler.commit(plan, result)
     driver.run()
@@ -385,7 +398,7 @@ def test_a_step_without_beams_asks_only_whether_there_are_any():
         return seen
 
     assert entered(1) == entered(8)
-    assert set(entered(1)) == {"__bool__", "check"}
+    assert set(entered(1)) == {"__bool__"}
 
 
 def test_blocks_that_beams_share_count_once_against_a_quota():

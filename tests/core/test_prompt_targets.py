@@ -36,10 +36,11 @@ def watched(driver):
 
 def answer(targets, count=None):
     count = len(targets.index) if count is None else count
+    most = int(targets.num_logprobs.max())
     return PromptLogprobs(
         logprobs=np.zeros(count, np.float32),
-        top_ids=np.zeros((count, 0), np.int32),
-        top_logprobs=np.zeros((count, 0), np.float32),
+        top_ids=np.zeros((count, most), np.int32),
+        top_logprobs=np.zeros((count, most), np.float32),
     )
 
 

@@ -367,11 +367,19 @@ def test_a_stop_string_ends_one_sequence_of_a_request():
     driver = Driver(make_config())
     first, second = driver.add(make_request("a", 5, n=2))
     driver.step()
-    end = driver.scheduler.stop(first, "END")
+    (end,) = driver.scheduler.stop(first, "END")
     assert (end.finish_reason, end.stop_reason, len(end.token_ids)) == ("stop", "END", 1)
     driver.run()
     assert list(driver.finished) == [("a", 1)]
     assert driver.finished["a", 1].seq_id == second
+
+
+def test_all_that_best_of_draws_is_named_and_told_for_whoever_ranks_it():
+    driver = Driver(make_config())
+    ids = driver.add(make_request("a", 5, n=1, best_of=4, max_tokens=3))
+    driver.run()
+    assert [driver.finished["a", index].seq_id for index in range(4)] == ids
+    assert all(end.cumulative_logprob == -3 for end in driver.finished.values())
 
 
 @pytest.mark.parametrize("preempted", [False, True])
@@ -384,9 +392,9 @@ def test_a_sequence_can_be_stopped_while_its_next_token_is_computed_or_while_it_
     if preempted:
         while not stats(driver).num_preemptions:
             driver.step()
-        ends.append(driver.scheduler.stop(seq_id, "END"))
+        ends += driver.scheduler.stop(seq_id, "END")
     else:
-        driver.step(between=lambda: ends.append(driver.scheduler.stop(seq_id, "END")))
+        driver.step(between=lambda: ends.extend(driver.scheduler.stop(seq_id, "END")))
     known = driver.executor.known[seq_id][11:]
     assert [(end.token_ids, end.stop_reason) for end in ends] == [(known, "END")]
     driver.run()

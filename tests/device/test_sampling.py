@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +71,14 @@ def batch_of(rows: list[Row]) -> SamplingBatch:
             token=np.array(token, np.int32),
             generated=np.array(made, np.bool_),
         )
-    return SamplingBatch(penalties=penalties, **columns)
+    return sampling_batch(columns, penalties)
+
+
+def sampling_batch(
+    columns: dict[str, npt.NDArray[Any]], penalties: Penalties | None = None
+) -> SamplingBatch:
+    most = int(columns["num_logprobs"].max(initial=-1))
+    return SamplingBatch(penalties=penalties, most_logprobs=most, **columns)
 
 
 def drawn(logits: torch.Tensor, rows: list[Row]) -> list[int]:
@@ -189,7 +197,7 @@ def test_frequencies_are_the_filtered_distribution(row: Row) -> None:
     columns = {name: np.repeat(getattr(one, name), count) for name in COLUMNS}
     columns["seed"], columns["position"] = np.divmod(np.arange(count), 3000)
     columns = {name: column.astype(COLUMNS[name]) for name, column in columns.items()}
-    batch = SamplingBatch(penalties=None, **columns)
+    batch = sampling_batch(columns)
     got = np.bincount(sample(logits.expand(count, -1), batch).token_ids, minlength=10)
     expected = np.zeros(10)
     expected[kept] = np.array(weight) / sum(weight) * count
