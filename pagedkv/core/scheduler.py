@@ -369,8 +369,13 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Return the counts of now and the totals so far."""
-        running, waiting = len(self.table.running), len(self._roster.waiting)
-        return SchedulerStats.of(self.manager.pool, self.tier, running, waiting, self._totals)
+        return SchedulerStats.of(
+            self.manager.pool,
+            self._totals,
+            num_running=len(self.table.running),
+            num_waiting=len(self._roster.waiting),
+            host_blocks_held=self.tier.num_blocks - self.tier.num_free,
+        )
 
     def take_events(self) -> list[KVEvent]:
         """Return the KV events since the last call; needs ``cache.enable_kv_cache_events``."""

@@ -4,7 +4,6 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from pagedkv.core.pool import BlockPool
-from pagedkv.core.tiers import HostTier
 
 __all__ = ["SchedulerStats", "Totals"]
 
@@ -75,17 +74,13 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     tokens_moved: int
 
     @classmethod
-    def of(
-        cls, pool: BlockPool, tier: HostTier, num_running: int, num_waiting: int, totals: Totals
-    ) -> "SchedulerStats":
-        """Count now."""
+    def of(cls, pool: BlockPool, totals: Totals, **gauges: int) -> "SchedulerStats":
+        """Count a pool now; the gauges of anything else are given."""
         return cls(
-            num_running=num_running,
-            num_waiting=num_waiting,
+            **gauges,
             blocks_held=pool.num_held,
             blocks_cached=pool.num_cached,
             blocks_free=pool.num_available - pool.num_cached,
-            host_blocks_held=tier.num_blocks - tier.num_free,
             blocks_reclaimed=pool.num_reclaimed,
             **asdict(totals),
         )
