@@ -19,13 +19,14 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.errors import ConfigError, PagedKVError, shown
 
 __all__ = [
     "CacheConfig",
     "EngineConfig",
     "ModelConfig",
     "SchedulerConfig",
+    "as_config",
     "audit_enabled",
     "config_schema",
     "load_config",
@@ -34,6 +35,9 @@ __all__ = [
 
 LARGEST_INT32 = 2**31 - 1
 Count = Annotated[int, Meta(ge=1, le=LARGEST_INT32)]
+LARGEST_INT64 = 2**63 - 1  # more cannot be written down in a log
+Positive = Annotated[int, Meta(ge=1, le=LARGEST_INT64)]
+Natural = Annotated[int, Meta(ge=0, le=LARGEST_INT64)]
 TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_INT32)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 ENV_PREFIX = "PAGEDKV_"
@@ -72,19 +76,14 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise self.error(f"{name} is {value}", where=where, remedy="give a finite number")
             try:
                 msgspec.structs.force_setattr(self, name, msgspec.convert(value, hint))
-            except OverflowError:
-                raise self.error(
-                    f"{name} has {len(str(value))} digits", where=where, remedy="give less"
-                ) from None
-            except msgspec.ValidationError as fault:
+            except (OverflowError, msgspec.ValidationError) as fault:
                 expected = str(fault).split(" - at ")[0].split(", got ")[0]
                 if get_origin(hint) is Literal:
                     expected = " or ".join(map(repr, get_args(hint)))
-                raise self.error(
-                    f"{name} is {value!r}",
-                    where=where,
-                    remedy=f"give {expected.removeprefix('Expected ')}",
-                ) from None
+                too_large = isinstance(fault, OverflowError)
+                remedy = "give less" if too_large else f"give {expected.removeprefix('Expected ')}"
+                what = f"{name} is {shown(value)}"
+                raise self.error(what, where=where, remedy=remedy) from None
 
 
 class ModelConfig(Checked, frozen=True, kw_only=True):
@@ -107,7 +106,7 @@ class ModelConfig(Checked, frozen=True, kw_only=True):
     eos_token_ids: tuple[TokenId, ...] = ()
     num_layers: Count = 1
     num_kv_heads: Count = 1
-    sliding_window: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    sliding_window: tuple[Natural, ...] = ()
     rope: bool = True
 
     def __post_init__(self) -> None:
@@ -149,7 +148,7 @@ class CacheConfig(Checked, frozen=True, kw_only=True):
 
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     num_blocks: Count | None = None
-    kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    kv_cache_memory_bytes: Positive | None = None
     kv_cache_memory_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None
     kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8", "int4"] = "auto"
     granularity: Literal["sequence", "layer", "head"] = "sequence"
@@ -197,7 +196,7 @@ class SchedulerConfig(Checked, frozen=True, kw_only=True):
 
     max_num_seqs: Annotated[int, Meta(ge=1, le=2**18)] = 128
     max_num_batched_tokens: Count = 2048
-    long_prefill_token_threshold: Annotated[int, Meta(ge=0)] = 0
+    long_prefill_token_threshold: Natural = 0
     scheduling_policy: Literal["fcfs", "priority", "lpm", "fair"] = "fcfs"
     ageing_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT32)] = 256
     max_skips: Annotated[int, Meta(ge=0, le=LARGEST_INT32)] = 0
@@ -205,7 +204,7 @@ class SchedulerConfig(Checked, frozen=True, kw_only=True):
     admission: Literal["guaranteed", "optimistic", "greedy"] = "greedy"
     watermark: Fraction = 0.0
     swap_cost: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    seed: Natural = 0
 
 
 class EngineConfig(Checked, frozen=True, kw_only=True):
@@ -349,6 +348,18 @@ def _put(tree: dict[str, Any], section: str, field: str, value: Any) -> None:
     if not isinstance(inner, dict):
         raise ConfigError(f"{section} is {inner!r}", where=section, remedy="give a table of fields")
     inner[field] = value
+
+
+def as_config(config: object) -> EngineConfig:
+    """Return a configuration that was handed in, or the defaults for None.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(config, EngineConfig | None):
+        remedy = "give an EngineConfig, such as load_config(...) returns"
+        raise ConfigError(f"config is {shown(config)}", where="config", remedy=remedy)
+    return config or EngineConfig()
 
 
 def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:

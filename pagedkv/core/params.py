@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pagedkv.config import LARGEST_INT32, Checked, TokenId
-from pagedkv.errors import InvalidRequest, PagedKVError
+from pagedkv.config import LARGEST_INT32, LARGEST_INT64, Checked, Natural, Positive, TokenId
+from pagedkv.errors import InvalidRequest, PagedKVError, is_text, shown
 
 __all__ = ["SamplingParams"]
 
@@ -69,14 +69,14 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     section: ClassVar[str] = "sampling"
     error: ClassVar[type[PagedKVError]] = InvalidRequest
 
-    n: Annotated[int, Meta(ge=1)] = 1
-    best_of: Annotated[int, Meta(ge=1)] | None = None
+    n: Positive = 1
+    best_of: Positive | None = None
     temperature: Temperature = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=LARGEST_INT32)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
+    seed: Natural | None = None
+    max_tokens: Positive | None = 16
     stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
@@ -85,7 +85,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    beam_width: Annotated[int, Meta(ge=2)] | None = None
+    beam_width: Annotated[int, Meta(ge=2, le=LARGEST_INT64)] | None = None
     length_penalty: Annotated[float, Meta(ge=-100, le=100)] = 1.0
     early_stopping: bool | Literal["never"] = False
 
@@ -105,6 +105,12 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         if "" in self.stop:
             raise InvalidRequest(
                 "an empty stop string", where="sampling.stop", remedy="give strings with text"
+            )
+        if not all(map(is_text, self.stop)):
+            raise InvalidRequest(
+                f"stop is {shown(self.stop)}",
+                where="sampling.stop",
+                remedy="give text that can be encoded as UTF-8",
             )
 
     def _check_search(self, width: int) -> None:

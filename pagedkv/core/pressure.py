@@ -22,7 +22,7 @@ from pagedkv.core.shrink import shrink
 from pagedkv.core.stats import Totals
 from pagedkv.core.tiers import HostTier
 from pagedkv.core.victims import Victim
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, shown
 
 __all__ = ["Pressure"]
 
@@ -50,6 +50,12 @@ class Pressure:
         self._table = retention.table
         self._tier = tier
         self._totals = totals
+        if not callable(victim):
+            raise ConfigError(
+                f"it is {shown(victim)}",
+                where="victim",
+                remedy="give a function of a table and rows, such as one of victims.VICTIMS",
+            )
         self._victim = victim
         self._swap_cost = swap_cost
 
@@ -91,11 +97,13 @@ class Pressure:
 
     def _choose(self, rows: Int32) -> int:
         row = self._victim(self._table, rows)
-        if not np.isin(row, rows):
+        chosen = isinstance(row, int | np.integer) and row in rows.tolist()
+        if not chosen or not self._table.runs[row]:
+            ended = " and has ended it" if chosen else ""
             raise ConfigError(
-                f"it chose row {row!r} of {rows.tolist()}",
-                where=f"victim {getattr(self._victim, '__name__', self._victim)!r}",
-                remedy="return one of the rows given",
+                f"it chose row {shown(row)} of {rows.tolist()}{ended}",
+                where=f"victim {shown(getattr(self._victim, '__name__', self._victim))}",
+                remedy="return one of the rows given, and end none",
             )
         return int(row)
 

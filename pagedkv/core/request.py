@@ -5,16 +5,18 @@ Everything that affects the lifecycle lives in this file: `TRANSITIONS` is the w
 
 import enum
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from pagedkv.core.arrays import Bool, Float32, Int32
 from pagedkv.core.params import SamplingParams
-from pagedkv.errors import InvalidRequest, InvalidTransition
+from pagedkv.errors import InvalidRequest, InvalidTransition, is_text, shown
 from pagedkv.eviction import Policy
 
 __all__ = [
@@ -72,35 +74,26 @@ class Request(Struct, frozen=True, kw_only=True):
         ):
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise InvalidRequest(
-                    f"{name} is {value!r}",
-                    where=f"request {self.request_id!r}",
-                    remedy=f"give {' or '.join(kind.__name__ for kind in kinds)}",
-                )
+                raise self._refusal(name, f"give {' or '.join(kind.__name__ for kind in kinds)}")
+            if isinstance(value, str) and not is_text(value):
+                raise self._refusal(name, "give text that can be encoded as UTF-8")
         self._check_rank()
-        try:
-            self.cache_salt.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest(
-                f"cache_salt is {self.cache_salt!r}, which is not text",
-                where=f"request {self.request_id!r}",
-                remedy="give text that can be encoded as UTF-8",
-            ) from None
+        force_setattr(self, "arrival", float(self.arrival))
+        if isinstance(self.prompt_token_ids, Iterator):  # it can be read once, and several do
+            force_setattr(self, "prompt_token_ids", list(self.prompt_token_ids))
 
     def _check_rank(self) -> None:
-        where = f"request {self.request_id!r}"
         if abs(self.priority) > LARGEST_PRIORITY:
-            raise InvalidRequest(
-                f"priority is {self.priority}",
-                where=where,
-                remedy=f"give a number from {-LARGEST_PRIORITY} to {LARGEST_PRIORITY}",
+            raise self._refusal(
+                "priority",
+                f"give a number from {-LARGEST_PRIORITY} to {LARGEST_PRIORITY}",
             )
         if not abs(self.arrival) <= sys.float_info.max:  # NaN, infinity, or an integer beyond
-            raise InvalidRequest(
-                f"arrival is {self.arrival!r:.40}",
-                where=where,
-                remedy="give seconds as a finite number",
-            )
+            raise self._refusal("arrival", "give seconds as a finite number")
+
+    def _refusal(self, field: str, remedy: str) -> InvalidRequest:
+        what, where = f"{field} is {shown(getattr(self, field))}", shown(self.request_id)
+        return InvalidRequest(what, where=f"request {where}", remedy=remedy)
 
 
 class Status(enum.IntEnum):

@@ -4,7 +4,7 @@ from collections.abc import KeysView
 
 import numpy as np
 
-from pagedkv.config import EngineConfig, audit_enabled
+from pagedkv.config import EngineConfig, as_config, audit_enabled
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
@@ -44,7 +44,7 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig | None = None, *, victim: Victim | None = None) -> None:
-        self.config = config or EngineConfig()
+        self.config = as_config(config)
         limits = self.config.scheduler
         self.layout = group_layout(self.config.model, self.config.cache)
         self.manager = BlockManager(self.config.cache, limits.max_num_seqs, self.layout.num_groups)

@@ -10,6 +10,7 @@ from pagedkv.errors import ConfigError, InvalidRequest
 __all__ = ["NO_QUOTA", "Tenants"]
 
 NO_QUOTA = 2**40
+MOST_DIGITS = 18  # of a quota; a longer one is beyond every pool, and may not even be read
 
 
 class Tenants:
@@ -35,7 +36,8 @@ class Tenants:
         quotas: list[int] = []
         for entry in entries:
             name, _, quota = entry.partition("=")
-            if name in self._ids or ("=" in entry and not (quota.isascii() and quota.isdigit())):
+            is_count = quota.isascii() and quota.isdigit() and len(quota) <= MOST_DIGITS
+            if name in self._ids or ("=" in entry and not is_count):
                 raise _fault(entry, "give each tenant once, as name or name=blocks")
             blocks = int(quota) if quota else NO_QUOTA
             if quota and not 1 <= blocks <= num_blocks:

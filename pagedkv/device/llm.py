@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pagedkv.config import EngineConfig, ModelConfig, with_fields
+from pagedkv.config import EngineConfig, ModelConfig, as_config, with_fields
 from pagedkv.core.arrays import Int32
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult
 from pagedkv.core.request import Request, SamplingParams
@@ -329,15 +329,10 @@ class LLM:
 
 def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
     """Return the config with single fields put in; a model's facts are not for asking."""
-    if not isinstance(config, EngineConfig | None):
-        raise ConfigError(
-            f"config is {config!r:.80}",
-            where="config",
-            remedy="give an EngineConfig, such as load_config(...) returns",
-        )
+    config = as_config(config)
     if isinstance(fields.get("eviction"), Policy):
         fields = fields | {"eviction": format_policy(fields["eviction"])}
-    asked = with_fields(config or EngineConfig(), **fields)
+    asked = with_fields(config, **fields)
     facts = set(ModelConfig.__struct_fields__) - {"max_model_len"}
     for name in sorted(facts & fields.keys()):
         raise ConfigError("comes from the model", where=f"model.{name}", remedy="leave it out")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pagedkv.errors import PolicyError
+from pagedkv.errors import PolicyError, shown
 from pagedkv.eviction.policy import Policy
 from pagedkv.eviction.presets import PRESETS
 from pagedkv.eviction.scores import SCORES
@@ -22,6 +22,7 @@ __all__ = ["format_policy", "policy", "presets"]
 CAPS = ("tokens", "ratio", "adaptive", "heavy")
 RULES = ("threshold", "lowest")
 RECENT = ("recent", "recent_share")
+MOST_DIGITS = 18  # of a count; longer ones are beyond every limit, and may not even be read
 SCORE = re.compile(r"(?P<name>[\w.]+(:\w+)?)\s*(\(\s*(?P<parameter>[^()]*?)\s*\))?")
 
 
@@ -191,8 +192,8 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise _Fault(f"{text!r} is not a whole number of tokens", "give one, such as 256")
+    if not text.isascii() or not text.isdigit() or len(text) > MOST_DIGITS:
+        raise _Fault(f"{shown(text)} is not a whole number of tokens", "give one, such as 256")
     return int(text)
 
 
@@ -206,7 +207,7 @@ def _number(text: str) -> float:
 
 def _recent(text: str) -> dict[str, Any]:
     if text.isascii() and text.isdigit():
-        return {"recent": int(text)}
+        return {"recent": _count(text)}
     share = _number(text)
     if not 0 < share <= 1:
         raise _Fault(f"recent={text} is no share of a budget", "give tokens, or a share up to 1.0")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-from pagedkv.errors import PolicyError
+from pagedkv.errors import PolicyError, shown
 from pagedkv.eviction.rounds import Cadence
 from pagedkv.eviction.scores import SCORES, Score, find_score
 
@@ -77,7 +77,9 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 msgspec.convert(value, hint)
             except msgspec.ValidationError as fault:
                 expected = str(fault).split(" - at ")[0].removeprefix("Expected ")
-                raise _fault(name, f"{name} is {value!r}", f"give {expected}") from None
+                raise _fault(name, f"{name} is {shown(value)}", f"give {expected}") from None
+            except OverflowError:
+                raise _fault(name, f"{name} is {shown(value)}", "give less") from None
         if self.score in SCORES and self.parameter is None:
             msgspec.structs.force_setattr(self, "parameter", SCORES[self.score].parameter)
         _check_score(self)

@@ -103,5 +103,5 @@ def test_the_how_to_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_is_no_log_is_refused(tmp_path):
     (tmp_path / "cut").write_bytes(b"\xff\x00\x00\x00\x93")
-    with pytest.raises(InvalidTransition, match="begins no entry"):
+    with pytest.raises(InvalidTransition, match="the entry at byte 0"):
         list(replay(tmp_path / "cut"))

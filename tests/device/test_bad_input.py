@@ -41,6 +41,14 @@ def test_prompts(llm: LLM, prompts: Any) -> None:
     assert not llm.scheduler.has_unfinished()
 
 
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_a_prompt_that_can_be_read_once(llm: LLM, prompt_logprobs: int | None) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=prompt_logprobs)
+    (output,) = llm.generate([{"prompt_token_ids": iter([1, 2, 3])}], params)
+    assert output.prompt_token_ids == [1, 2, 3]
+    assert (output.prompt_logprobs is None) == (prompt_logprobs is None)
+
+
 @pytest.mark.parametrize("params", [{"n": 2}, [None], "x", [FEW, FEW]])
 def test_sampling_params(llm: LLM, params: Any) -> None:
     with pytest.raises(InvalidRequest, match="sampling_params"):
