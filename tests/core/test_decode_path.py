@@ -109,7 +109,8 @@ def test_a_plans_arrays_have_the_documented_types_and_shapes(num_groups):
             assert (name, array.dtype, array.shape) == (name, dtype, shape)
         assert width == -(-plan.num_resident.max() // 4)
         assert plan.query_start[-1] == t
-        for name in SamplingBatch.__struct_fields__:
+        assert plan.sampling.most_logprobs == max([*plan.sampling.num_logprobs.tolist(), -1])
+        for name in set(SamplingBatch.__struct_fields__) - {"most_logprobs"}:
             column = getattr(plan.sampling, name)
             assert column is None or column.shape == (s,), name
 
