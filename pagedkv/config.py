@@ -69,8 +69,7 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is default:
                 continue
-            if isinstance(value, np.generic):
-                value = value.item()
+            value = value.item() if isinstance(value, np.generic) else value
             where = f"{self.section}.{name}" if self.section else name
             if isinstance(value, float) and not math.isfinite(value):
                 raise self.error(f"{name} is {value}", where=where, remedy="give a finite number")
@@ -80,10 +79,9 @@ class Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 expected = str(fault).split(" - at ")[0].split(", got ")[0]
                 if get_origin(hint) is Literal:
                     expected = " or ".join(map(repr, get_args(hint)))
-                too_large = isinstance(fault, OverflowError)
-                remedy = "give less" if too_large else f"give {expected.removeprefix('Expected ')}"
-                what = f"{name} is {shown(value)}"
-                raise self.error(what, where=where, remedy=remedy) from None
+                expected = "less" if isinstance(fault, OverflowError) else expected
+                what, remedy = f"{name} is {shown(value)}", expected.removeprefix("Expected ")
+                raise self.error(what, where=where, remedy=f"give {remedy}") from None
 
 
 class ModelConfig(Checked, frozen=True, kw_only=True):
@@ -351,14 +349,10 @@ def _put(tree: dict[str, Any], section: str, field: str, value: Any) -> None:
 
 
 def as_config(config: object) -> EngineConfig:
-    """Return a configuration that was handed in, or the defaults for None.
-
-    Raises:
-        ConfigError: It is something else.
-    """
+    """Return what was handed in, the defaults for None; anything else is a ConfigError."""
     if not isinstance(config, EngineConfig | None):
-        remedy = "give an EngineConfig, such as load_config(...) returns"
-        raise ConfigError(f"config is {shown(config)}", where="config", remedy=remedy)
+        what = f"config is {shown(config)}"
+        raise ConfigError(what, where="config", remedy="give an EngineConfig")
     return config or EngineConfig()
 
 
