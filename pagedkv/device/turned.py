@@ -72,8 +72,9 @@ class TurnedBias:
             self._calls = [call(np.append(own, old), False)]
         else:
             self._calls = [call(own, True), *([call(old, False)] if len(old) else [])]
-        token = torch.cat([part.token for part, _ in self._calls])
-        self._old_token = token[int(query_start[-1]) :]
+        # A view at most: nothing may be computed from what is not sent yet.
+        parts = [part for part, _ in self._calls]
+        self._old_token = parts[-1].token[0 if len(parts) == 2 else int(query_start[-1]) :]
 
     def prepare(self, operator: type[PagedOp], send: Send) -> None:
         """As `PagedOp.prepare`."""
