@@ -162,6 +162,8 @@ def test_what_anyone_may_write_is_accepted_and_served(field, value):
     params = {"max_tokens": 2} | {field: value}
     driver = Driver(make_config(num_blocks=4))
     driver.run(make_request("a", 3, **params))
+    end = driver.finished["a", 0]
+    assert end.finish_reason == "length" or "outgrown" in end.error, "a small pool ends the endless"
 
 
 @pytest.mark.parametrize("stop", ["END", ["END"], ("END",)])

@@ -405,10 +405,11 @@ def test_a_sequence_can_be_stopped_while_its_next_token_is_computed_or_while_it_
 def test_a_chat_is_found_again_though_another_computed_its_prompt_at_the_same_time():
     driver = Driver(make_config(4, 22))
     prompt = [7] * 4 + [8] * 4 + [9] * 4 + [1]
-    driver.run(
-        make_request("a", prompt, max_tokens=1),
-        make_request("b", prompt, max_tokens=24, seed=5),
-    )
+    driver.add(make_request("a", prompt, max_tokens=1))
+    driver.add(make_request("b", prompt, max_tokens=24, seed=5))
+    for _ in range(8):
+        driver.step()
+    assert "b" in driver.scheduler.in_work, "it goes on when what the other held is reclaimed"
     driver.run(make_request("large", [i % VOCAB for i in range(50)], max_tokens=1))
     said = prompt + driver.finished["b", 0].token_ids
     driver.run(make_request("again", said, max_tokens=1))
