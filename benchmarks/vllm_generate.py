@@ -5,8 +5,8 @@
     python benchmarks/vllm_generate.py --vllm-python ... --systems pagedkv,packed,vllm
     python benchmarks/vllm_generate.py --scale 0.1 --systems pagedkv
 
-"packed" is pagedkv with `pack_lm_head`. Two scenarios, greedy, end-of-sequence ignored, no prefix
-cache, steps of at most 2,048 tokens:
+"packed" is pagedkv with `pack_weights="all"`. Two scenarios, greedy, end-of-sequence ignored, no
+prefix cache, steps of at most 2,048 tokens:
 
     equal      32 requests of 256 tokens in and 128 out, a pool that holds them all, full cache
     pressure   16 users whose contexts grow from 3,584 to 4,096 tokens, a pool of 8,192 tokens;
@@ -74,7 +74,7 @@ def pagedkv_system(options: argparse.Namespace, work: dict[str, int]) -> tuple[R
     eviction = format_policy(policy(options.policy, budget=budget)) if budget else "full"
     llm = pagedkv.LLM(
         options.directory,
-        pack_lm_head=options.worker == "packed",
+        pack_weights="all" if options.worker == "packed" else "none",
         num_blocks=work["pool"] // BLOCK,
         block_size=BLOCK,
         max_num_seqs=work["requests"],

@@ -189,7 +189,7 @@ def add_config_flags(
 def add_engine_flags(
     parser: argparse.ArgumentParser, *, skip: Collection[str] = (), **defaults: Any
 ) -> None:
-    """Add ``--model``, ``--dtype``, ``--device``, ``--pack-lm-head``, then `add_config_flags`."""
+    """Add ``--model``, ``--dtype``, ``--device``, ``--pack-weights``, then `add_config_flags`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -211,10 +211,11 @@ def add_engine_flags(
         help="where it runs, cpu or cuda [default: %(default)s]",
     )
     group.add_argument(
-        "--pack-lm-head",
-        action="store_true",
-        help="keep a second copy of the output embedding in the order that the CPU multiplies in: "
-        "faster decode steps, at its size in memory",
+        "--pack-weights",
+        default="none",
+        choices=("none", "lm_head", "all"),
+        help="keep the output embedding, or all weights, in the order that the CPU multiplies in: "
+        "faster decode steps; an embedding that is tied is kept twice [default: %(default)s]",
     )
     add_config_flags(parser, skip=skip, **defaults)
 
@@ -270,7 +271,7 @@ def make_llm(args: argparse.Namespace, config: EngineConfig) -> "LLM":
         args.model,
         dtype=args.dtype,
         device=args.device,
-        pack_lm_head=args.pack_lm_head,
+        pack_weights=args.pack_weights,
         config=config,
         max_model_len=longer,
     )

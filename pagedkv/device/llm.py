@@ -35,8 +35,8 @@ class LLM:
         dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``; a model
             that is loaded already keeps its own.
         device: Where it runs, ``cpu`` or ``cuda``; a model that is loaded already stays there.
-        pack_lm_head: Have a model that is not loaded yet loaded with its output embedding packed;
-            see `load_model`.
+        pack_weights: Have a model that is not loaded yet loaded with weights packed, ``lm_head`` or
+            ``all``; see `load_model`.
         config: Pool and scheduler; its ``max_model_len`` is capped at the model's trained length.
         fields: Single fields of the config by name, such as ``num_blocks=512``; they win over
             ``config``. ``max_model_len`` given here may exceed the trained length of a model
@@ -53,17 +53,17 @@ class LLM:
         *,
         dtype: str = "float32",
         device: str = "cpu",
-        pack_lm_head: bool = False,
+        pack_weights: str = "none",
         config: EngineConfig | None = None,
         **fields: Any,
     ) -> None:
         asked = _asked(config, fields)
         if not isinstance(model, LoadedModel):
-            model = load_model(model, dtype=dtype, device=device, pack_lm_head=pack_lm_head)
-        elif pack_lm_head:
+            model = load_model(model, dtype=dtype, device=device, pack_weights=pack_weights)
+        elif pack_weights != "none":
             raise ConfigError(
                 "the model is loaded already",
-                where="pack_lm_head",
+                where="pack_weights",
                 remedy="ask load_model for it, or give the model's name",
             )
         self.model = model

@@ -77,7 +77,7 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
-    pack_lm_head: bool = False,
+    pack_weights: str = "none",
     progress: bool = True,
 ) -> LoadedModel:
     """Find, load and examine a model.
@@ -91,16 +91,17 @@ def load_model(
         dtype: "float32", "bfloat16" or "float16"; weights are converted to it.
         device: A torch device, "cpu" or "cuda" or "cuda:1".
         seed: Of the tiny models' weights; no other model looks at it.
-        pack_lm_head: Keep a second copy of the output embedding's matrix in the order that the
-            processor multiplies in: faster decode steps for its size in memory (CPU only).
+        pack_weights: Which matrices are kept in the order that the processor multiplies in, for
+            faster decode steps (CPU only): "none", "lm_head", the output embedding, or "all" that
+            linear layers have. A tied output embedding is kept once more for it.
         progress: Show bars for download, conversion and loading on standard error.
 
     Raises:
         ModelNotFound: The name, path or repository leads nowhere; near names are offered.
         CorruptModel: It leads to files that are damaged, truncated or incomplete.
-        UnsupportedBackend: The architecture or the device cannot be served, or the output
-            embedding cannot be packed.
-        ConfigError: `dtype` or `device` is not one of the above.
+        UnsupportedBackend: The architecture or the device cannot be served, or the weights
+            cannot be packed.
+        ConfigError: `dtype`, `device` or `pack_weights` is not one of the above.
     """
     if not isinstance(model, str | os.PathLike):
         raise ConfigError(
@@ -121,8 +122,7 @@ def load_model(
             directory = _locate(model, progress)
             network, tokenizer = _read_directory(directory, model, torch_dtype)
     network.to(device=torch_device).eval().requires_grad_(False)
-    if pack_lm_head:
-        packing.pack_lm_head(network, model)
+    packing.pack_weights(network, pack_weights, model)
     # Steps are packed, never padded; some models look for padding in every call to warn about it.
     config: Any = network.config
     config.pad_token_id = None

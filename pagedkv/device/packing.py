@@ -1,38 +1,44 @@
-"""The projection to the vocabulary from a second copy of its matrix, laid out for the processor.
+"""Linear layers whose weights lie in the order that the processor multiplies in.
 
 A small batch through a large matrix spends much of its time copying that matrix into the order
 that the product wants. oneDNN, which torch brings, can keep it in that order.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pagedkv.errors import UnsupportedBackend
+from pagedkv.errors import ConfigError, UnsupportedBackend
 
-__all__ = ["PackedLinear", "pack_lm_head"]
+__all__ = ["PackedLinear", "pack_weights"]
 
 # What the layout is tuned for; a matrix packed for 32 rows serves any number of them.
 _ROWS = 32
+_CHOICES = ("none", "lm_head", "all")
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by a packed copy of its weight.
+    """A linear layer that multiplies by a packed weight.
 
-    The weight stays where it is, tied to an embedding or not: names, checkpoints and counts of
-    parameters are as before. The copy follows no later change of it and cannot be deep-copied.
+    Its weight is packed itself (`to_dense` gives it back, bit for bit) unless others read it too,
+    as a tied embedding does: then it stays as it is and there is a packed copy beside it. Names,
+    shapes and counts of parameters are as before either way. What is packed follows no later
+    change, and cannot be deep-copied or converted.
 
     Args:
-        linear: Whose weight and bias it shares.
+        linear: Whose weight and bias it takes over.
+        shared: Others read the weight.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, shared: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        weight = linear.weight.detach()
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self._packed = packed
+        self.weight = linear.weight if shared else nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``: [..., in_features] to [..., out_features]."""
@@ -42,38 +48,60 @@ class PackedLinear(nn.Linear):
         return out
 
 
-def pack_lm_head(model: Any, name: str) -> None:
-    """Have a transformers model multiply by a packed copy of its output embedding's matrix.
+def pack_weights(model: Any, which: str, name: str) -> None:
+    """Have a transformers model multiply by packed weights.
 
     Args:
+        which: "none", "lm_head" for the output embedding, or "all" for all linear layers.
         name: What the model was asked for by; for errors.
 
     Raises:
-        UnsupportedBackend: torch does not pack this matrix on this machine, or the packed product
-            is not the plain one within rounding. The model is left as it was.
+        ConfigError: `which` is none of these.
+        UnsupportedBackend: torch does not pack a matrix on this machine, or the packed product
+            is not the plain one within rounding. Layers before it are packed already.
 
-    Cost: the matrix once more in memory, and twice for a moment; 0.1 s for 100 MB.
+    Cost: a tied output embedding once more in memory, of the rest one matrix for a moment; a
+        second for 500 MB.
     """
+    if which not in _CHOICES:
+        raise ConfigError(
+            f"{which!r} says not which weights to pack",
+            where="pack_weights",
+            remedy=f"use one of {', '.join(_CHOICES)}",
+        )
+    if which == "none":
+        return
     head = model.get_output_embeddings()
+    readers = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    paths = [path for path, module in model.named_modules() if module is head]
+    if which == "all":
+        # What a subclass does with its weight is its own business.
+        paths += [path for path, m in model.named_modules() if type(m) is nn.Linear]
+    for path in dict.fromkeys(paths):
+        plain = model.get_submodule(path)
+        shared = readers[id(getattr(plain, "weight", None))] > 1
+        model.set_submodule(path, _packed(plain, shared, f"{name}, {path}"))
+
+
+def _packed(plain: Any, shared: bool, where: str) -> PackedLinear:
+    """Return a layer packed, or raise UnsupportedBackend."""
     problem = ""
-    if not isinstance(head, nn.Linear):
-        problem = f"its output embedding is {type(head).__name__}, not a linear layer"
-    elif head.weight.device.type != "cpu":
-        problem = f"its output embedding is on {head.weight.device}; packing is for the CPU"
+    if not isinstance(plain, nn.Linear):
+        problem = f"this is {type(plain).__name__}, not a linear layer"
+    elif plain.weight.device.type != "cpu":
+        problem = f"the weight is on {plain.weight.device}; packing is for the CPU"
     else:
         try:
-            packed = PackedLinear(head)
-            problem = _difference(packed, head)
+            packed = PackedLinear(plain, shared=shared)
+            problem = _difference(packed, plain)
         except (AttributeError, NotImplementedError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             problem = f"torch {torch.__version__} does not pack it here ({lines[0]})"
     if problem:
         raise UnsupportedBackend(
-            f"pack_lm_head cannot be had: {problem}",
-            where=name,
-            remedy="leave pack_lm_head out",
+            f"pack_weights cannot be had: {problem}", where=where, remedy="leave pack_weights out"
         )
-    model.set_output_embeddings(packed)
+    return packed
 
 
 def _difference(packed: nn.Linear, plain: nn.Linear) -> str:

@@ -1,4 +1,4 @@
-"""A packed output embedding: the same logits and tokens, or a refusal that changes nothing."""
+"""Packed weights: the same logits and tokens, or a refusal."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM
 from pagedkv import LLM, ConfigError, SamplingParams, UnsupportedBackend
 from pagedkv.device.meter import Meter
 from pagedkv.device.models import load_model
-from pagedkv.device.packing import PackedLinear, pack_lm_head
-from pagedkv.device.tiny import tiny_config
+from pagedkv.device.packing import PackedLinear, pack_weights
+from pagedkv.device.tiny import TINY_MODELS, tiny_config
 
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
 
 
-def run(**fields):
+def run(model, **fields):
     """Serve the prompts; every step's logits and work, and all tokens."""
-    llm = LLM("tiny-random", block_size=8, num_blocks=64, **fields)
+    llm = LLM(model, block_size=8, num_blocks=64, **fields)
     meter = Meter(llm.engine.executor)
     forward, logits = llm.engine.executor.forward, []
 
@@ -31,23 +31,42 @@ def run(**fields):
     return [[each.token_ids for each in one.outputs] for one in outputs], logits, meter.steps
 
 
-def test_logits_tokens_and_counted_work_are_those_of_the_plain_model():
-    tokens, logits, work = run()
-    packed_tokens, packed_logits, packed_work = run(pack_lm_head=True)
-    assert packed_tokens == tokens
-    assert packed_work == work
-    for plain, packed in zip(logits, packed_logits, strict=True):
-        torch.testing.assert_close(packed, plain, atol=1e-4, rtol=0)
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_logits_tokens_and_counted_work_are_those_of_the_plain_model(model):
+    tokens, logits, work = run(model)
+    for which in ("lm_head", "all"):
+        packed_tokens, packed_logits, packed_work = run(model, pack_weights=which)
+        assert packed_tokens == tokens
+        assert packed_work == work
+        for plain, packed in zip(logits, packed_logits, strict=True):
+            torch.testing.assert_close(packed, plain, atol=1e-4, rtol=0)
+
+
+def plain_of(tensor):
+    return tensor.to_dense() if tensor.layout == torch._mkldnn else tensor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_model_keeps_its_weights_and_their_names(dtype):
+@pytest.mark.parametrize("which", ["lm_head", "all"])
+def test_the_model_keeps_its_weights_and_their_names(dtype, which):
     plain = load_model("tiny-random", dtype=dtype).model
-    packed = load_model("tiny-random", dtype=dtype, pack_lm_head=True).model
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(2, 2, dtype=plain.dtype), 1)
+    except RuntimeError:
+        with pytest.raises(UnsupportedBackend, match="needs the cpu support"):
+            load_model("tiny-random", dtype=dtype, pack_weights=which)
+        return
+    packed = load_model("tiny-random", dtype=dtype, pack_weights=which).model
     assert isinstance(packed.get_output_embeddings(), PackedLinear)
+    assert which == "lm_head" or all(type(each) is PackedLinear for each in layers(packed))
     expected, found = plain.state_dict(), packed.state_dict()
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert all(torch.equal(expected[name], plain_of(found[name])) for name in expected)
+    assert plain.num_parameters() == packed.num_parameters()
 
 
 def tied():
@@ -60,7 +79,7 @@ def test_a_tied_embedding_stays_tied_and_no_rows_are_fine():
     model = tied()
     tokens = torch.tensor([[1, 2, 3]])
     expected = model(tokens).logits
-    pack_lm_head(model, "tied")
+    pack_weights(model, "all", "tied")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=0)
     none = torch.tensor([], dtype=torch.int64)
@@ -83,7 +102,7 @@ def test_a_product_that_is_wrong_or_missing_is_refused(monkeypatch, product, wor
     head = model.get_output_embeddings()
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
     with pytest.raises(UnsupportedBackend, match=word):
-        pack_lm_head(model, "tied")
+        pack_weights(model, "lm_head", "tied")
     assert model.get_output_embeddings() is head
 
 
@@ -91,11 +110,16 @@ def test_a_head_that_is_no_linear_layer_is_refused():
     model = tied()
     model.set_output_embeddings(torch.nn.Identity())
     with pytest.raises(UnsupportedBackend, match="Identity"):
-        pack_lm_head(model, "odd")
+        pack_weights(model, "lm_head", "odd")
 
 
 def test_a_loaded_model_is_not_packed_behind_its_owners_back():
     loaded = load_model("tiny-random")
     with pytest.raises(ConfigError, match="load_model"):
-        LLM(loaded, pack_lm_head=True)
+        LLM(loaded, pack_weights="all")
     assert not isinstance(loaded.model.get_output_embeddings(), PackedLinear)
+
+
+def test_what_to_pack_is_one_of_three():
+    with pytest.raises(ConfigError, match="none, lm_head, all"):
+        load_model("tiny-random", pack_weights="some")
