@@ -200,9 +200,10 @@ def add_engine_flags(
     )
     group.add_argument(
         "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="element type of model and cache [default: %(default)s]",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="element type of model and cache; auto is float32 on the CPU, and on CUDA what the "
+        "model's files hold, float16 for float32 [default: %(default)s]",
     )
     group.add_argument(
         "--device",

@@ -76,8 +76,8 @@ def _throughput(
     result["bytes_moved"] = totals["tokens_moved"] * llm.store.bytes_per_slot
     result["evicted_tokens"] = sum(output.num_evicted_tokens for output in outputs)
     result["failed"] = _failed(outputs)
-    result |= provenance(args.model, args.dtype, llm.config, args.seed, _workload(args))
-    return result, f"throughput of {args.model}, {args.dtype}, {len(requests)} requests"
+    result |= provenance(args.model, llm.model.dtype_name, llm.config, args.seed, _workload(args))
+    return result, f"throughput of {args.model}, {llm.model.dtype_name}, {len(requests)} requests"
 
 
 def _dataset(args: argparse.Namespace) -> Callable[[int], list[BenchRequest]]:
@@ -180,9 +180,9 @@ def _latency(
             latencies.append(time.perf_counter() - start)
             failed += _failed(outputs)
     result = latency_result(latencies[args.num_iters_warmup :]) | {"failed": failed}
-    result |= provenance(args.model, args.dtype, llm.config, args.seed, _workload(args))
+    result |= provenance(args.model, llm.model.dtype_name, llm.config, args.seed, _workload(args))
     title = (
-        f"latency of {args.model}, {args.dtype}, batch of {args.batch_size}, "
+        f"latency of {args.model}, {llm.model.dtype_name}, batch of {args.batch_size}, "
         f"{args.input_len} tokens in, {args.output_len} out"
     )
     return result, title

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             for each in material
         ],
         "cells": [_cell_result(metric, args.seed, *each, measured[0]) for each in measured],
-        **provenance(args.model, args.dtype, llm.config, args.seed, _workload(args)),
+        **provenance(args.model, llm.model.dtype_name, llm.config, args.seed, _workload(args)),
     }
     show_quality(result, to_stderr=args.output_json == "-")
     write_result(result, args.output_json)
@@ -241,7 +241,7 @@ def _measure(
     for cell in todo:
         if cell.granularity != granularity:
             granularity, model = cell.granularity, llm.model
-            llm = LLM(model, dtype=args.dtype, config=configs[granularity], max_model_len=longer)
+            llm = LLM(model, config=configs[granularity], max_model_len=longer)
         watch.begin(llm, cell.label)
         before = llm.scheduler.stats().tokens_moved
         start = time.perf_counter()

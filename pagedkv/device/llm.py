@@ -32,8 +32,9 @@ class LLM:
     Args:
         model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id; or what
             `load_model` gave, which several of these may share.
-        dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``; a model
-            that is loaded already keeps its own.
+        dtype: Element type of model and cache: ``float32``, ``float16`` or ``bfloat16``; ``auto``
+            is float32 on the CPU, and on CUDA what `load_model` says. A model that is loaded
+            already keeps its own.
         device: Where it runs, ``cpu`` or ``cuda``; a model that is loaded already stays there.
         pack_weights: Have a model that is not loaded yet loaded with weights packed, ``lm_head`` or
             ``all``; see `load_model`.
@@ -51,7 +52,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | LoadedModel = "smollm2-135m",
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         pack_weights: str = "none",
         config: EngineConfig | None = None,

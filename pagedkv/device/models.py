@@ -66,6 +66,11 @@ class LoadedModel:
         return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
 
     @property
+    def dtype_name(self) -> str:
+        """The same in words: ``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
@@ -74,7 +79,7 @@ class LoadedModel:
 def load_model(
     model: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "cpu",
     seed: int = 0,
     pack_weights: str = "none",
@@ -88,7 +93,8 @@ def load_model(
 
     Args:
         model: One of the five forms listed at the head of this module.
-        dtype: "float32", "bfloat16" or "float16"; weights are converted to it.
+        dtype: "float32", "bfloat16" or "float16", which weights are converted to; or "auto":
+            float32 on the CPU, and on CUDA what the model's files hold, float16 for float32.
         device: A torch device, "cpu" or "cuda" or "cuda:1".
         seed: Of the tiny models' weights; no other model looks at it.
         pack_weights: Which matrices are kept in the order that the processor multiplies in, for
@@ -108,7 +114,7 @@ def load_model(
             f"the model is {model!r:.80}", where="model", remedy="give a name or a path"
         )
     model = os.fspath(model)
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    asked, torch_device = _dtype(dtype), _device(device)
     register()
     with progress_bars(progress):
         if model in TINY_MODELS:
@@ -116,11 +122,11 @@ def load_model(
             network = tiny_model(model, seed=seed, attn_implementation=ATTENTION_NAME)
             # Parameters only: rotary frequencies are buffers, and must stay fp32.
             for parameter in network.parameters():
-                parameter.data = parameter.data.to(torch_dtype)
+                parameter.data = parameter.data.to(asked or usual_dtype(torch_device, None))
             tokenizer: Any = byte_tokenizer()
         else:
             directory = _locate(model, progress)
-            network, tokenizer = _read_directory(directory, model, torch_dtype)
+            network, tokenizer = _read_directory(directory, model, asked, torch_device)
     network.to(device=torch_device).eval().requires_grad_(False)
     packing.pack_weights(network, pack_weights, model)
     # Steps are packed, never padded; some models look for padding in every call to warn about it.
@@ -150,14 +156,28 @@ def _examined(network: Any, tokenizer: Any, name: str) -> LoadedModel:
     return loaded
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype | None:
+    """Return the element type of a name; None for ``auto``."""
+    if name == "auto":
+        return None
     if not isinstance(name, str) or name not in _DTYPES:
         raise ConfigError(
             f"{name!r} is not a dtype that models can be loaded in",
             where="dtype",
-            remedy=f"use one of {', '.join(_DTYPES)}",
+            remedy=f"use one of auto, {', '.join(_DTYPES)}",
         )
     return _DTYPES[name]
+
+
+def usual_dtype(device: torch.device, own: torch.dtype | None) -> torch.dtype:
+    """Return what ``auto`` means on a device, for weights that are stored as ``own``.
+
+    On the CPU exactness is to be had for the asking. On CUDA no operator reads float32 keys, and
+    bfloat16 weights may not fit into float16's range.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    return own if own in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def _device(name: str) -> torch.device:
@@ -235,7 +255,9 @@ def _hub_snapshot(repository: str) -> Path:
     return Path(folder)
 
 
-def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _read_directory(
+    directory: Path, name: str, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Any, Any]:
     """Load model and tokenizer from a directory, refusing anything damaged or missing."""
     config = _read_config(directory, name)
     check_config(config, name)
@@ -246,7 +268,7 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
-            dtype=dtype,
+            dtype=dtype or usual_dtype(device, config.dtype),
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
             local_files_only=True,

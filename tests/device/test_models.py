@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pagedkv.device.bridge import Recorder, paged_attention
-from pagedkv.device.models import LoadedModel, forward, load_model
+from pagedkv.device.dispatch import choose_operator
+from pagedkv.device.models import LoadedModel, forward, load_model, usual_dtype
 from pagedkv.device.probe import _turn
 from pagedkv.device.tiny import TINY_MODELS, byte_tokenizer, tiny_model
 from pagedkv.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedBackend
@@ -205,6 +206,30 @@ def test_directory_without_tokenizer_has_none(damaged: Path) -> None:
     for file in damaged.glob("*token*"):
         file.unlink()
     assert load_model(str(damaged), progress=False).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "usual"),
+    [
+        ("cpu", torch.bfloat16, torch.float32),
+        ("cpu", None, torch.float32),
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, torch.float16),
+        ("cuda", torch.float32, torch.float16),
+        ("cuda", None, torch.float16),
+    ],
+)
+def test_usual_dtype_has_an_operator(
+    device: str, own: torch.dtype | None, usual: torch.dtype
+) -> None:
+    assert usual_dtype(torch.device(device), own) is usual
+    assert choose_operator(device, usual)
+
+
+def test_auto_on_the_cpu_is_float32_whatever_is_stored(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert load_model(damaged).dtype_name == "float32"
 
 
 def test_bfloat16() -> None:
