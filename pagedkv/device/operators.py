@@ -143,9 +143,11 @@ class CpuPagedOp(PagedOp):
     @classmethod
     def get_ready(cls, keys: torch.Tensor, computed: torch.dtype, heads: int, dim: int) -> None:
         """As in `PagedOp`: 10-20 s once per machine and kind of storage, then 0.2 s a process."""
-        from .cpu import call
+        from .cpu import call, partials
 
         call.get_ready(keys.dtype)
+        if computed == torch.float32:
+            partials.get_ready()
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:

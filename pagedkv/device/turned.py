@@ -7,6 +7,8 @@ runs before it are seen whole. Where everybody has one query, as in decode, so i
 call serves all runs.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,17 @@ from pagedkv.device.bias import Send
 from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
 from pagedkv.device.turns import Turns
 
+if TYPE_CHECKING:
+    from pagedkv.device.cpu.partials import Merge
+
 __all__ = ["TurnedBias"]
+
+_Answer = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _is_native(query: Tensor) -> bool:
+    """Whether native code turns and merges: what it does in one call takes torch ten or more."""
+    return query.is_cpu and query.dtype == torch.float32 and query.stride(2) == 1
 
 
 class TurnedBias:
@@ -75,6 +87,8 @@ class TurnedBias:
         # A view at most: nothing may be computed from what is not sent yet.
         parts = [part for part, _ in self._calls]
         self._old_token = parts[-1].token[0 if len(parts) == 2 else int(query_start[-1]) :]
+        self._num_tokens = int(query_start[-1])
+        self._native: Merge | None = None
 
     def prepare(self, operator: type[PagedOp], send: Send) -> None:
         """As `PagedOp.prepare`."""
@@ -85,26 +99,47 @@ class TurnedBias:
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: type[PagedOp]
     ) -> Tensor:
         """Return attention over all runs: [T, Hq, D]; shapes as in `paged_attention`."""
-        parts = []
-        if self._calls[0][1].want_block_lse:
-            shape = (*query.shape[:2], self._width)
-            self.block_lse = torch.full(shape, -torch.inf, device=query.device)
+        native = _is_native(query)
+        answers: list[_Answer] = []
         for part, bias in self._calls:
-            asked = part.turned(query, self._turns)
+            asked = part.turned(query, self._turns, native)
             out = paged_attention(asked, keys, values, bias, scale, operator)
             assert bias.lse is not None
-            parts.append((out, bias.lse))
-            if self.block_lse is not None:
-                assert bias.block_lse is not None
-                part.scatter(bias.block_lse, self.block_lse)
-        out, lse = parts[0]
-        if not len(self._old_token):
-            self.lse = lse
-            return out
-        tokens = len(query)
-        old, old_lse = parts[1] if len(parts) == 2 else (out[tokens:], lse[:, tokens:])
-        out, self.lse = _merged(out[:tokens], lse[:, :tokens], old, old_lse, self._old_token)
+            answers.append((out, bias.lse, bias.block_lse))
+        merge = self._merged_natively if native else self._merged
+        out, self.lse, self.block_lse = merge(answers)
         return out
+
+    def _merged_natively(self, answers: list[_Answer]) -> _Answer:
+        """As `_merged`, in one call."""
+        if self._native is None:
+            from pagedkv.device.cpu.partials import Merge
+
+            parts = [part.pairs for part, _ in self._calls]
+            token, first, count = (np.concatenate(each) for each in zip(*parts, strict=True))
+            split, tokens = len(parts[0][0]), self._num_tokens
+            self._native = Merge(token, first, count, split, tokens, self._width)
+        return self._native(answers)
+
+    def _merged(self, answers: list[_Answer]) -> _Answer:
+        """Put the parts together: [T, Hq, D], [Hq, T], and None or [T, Hq, W]."""
+        out, lse, block_lse = answers[0]
+        tokens = self._num_tokens
+        if block_lse is not None:
+            shape = (tokens, out.shape[1], self._width)
+            whole = torch.full(shape, -torch.inf, device=out.device)
+            for (part, _), (_, _, entries) in zip(self._calls, answers, strict=True):
+                assert entries is not None
+                part.scatter(entries, whole)
+            block_lse = whole
+        if not len(self._old_token):
+            return out, lse, block_lse
+        if len(answers) == 2:
+            old, old_lse, _ = answers[1]
+        else:
+            old, old_lse = out[tokens:], lse[:, tokens:]
+        merged = _merged(out[:tokens], lse[:, :tokens], old, old_lse, self._old_token)
+        return *merged, block_lse
 
 
 class _Part:
@@ -112,6 +147,8 @@ class _Part:
 
     Attributes:
         token: int64 [N] The packed query of each pair.
+        pairs: int64 [N] each, on the host: that, and the first table entry and the number of
+            entries that the pair looks at.
     """
 
     def __init__(
@@ -129,10 +166,13 @@ class _Part:
         begin = np.repeat(np.cumsum(queries) - queries, queries)
         token = query_start[seq][run] + np.arange(len(run)) - begin
         row = index[seq, first][run].astype(np.int64)
-        self.token = send(token.astype(np.int64))
+        token = token.astype(np.int64)
+        self.token = send(token)
+        self.pairs = token, first[run], count[run]
+        self._rows = row
         self._row = send(row) if row.any() else None
         pair, column = np.nonzero(np.arange(count.max(initial=1)) < count[run][:, None])
-        at = (pair, column, token[pair].astype(np.int64), first[run[pair]] + column)
+        at = (pair, column, token[pair], first[run[pair]] + column)
         self._scattered = tuple(send(each) for each in at)
 
     def table(self, block_table: Int32) -> Int32:
@@ -141,8 +181,12 @@ class _Part:
         inside = np.minimum(entry, block_table.shape[1] - 1)
         return np.ascontiguousarray(block_table[self._seq[:, None], inside])
 
-    def turned(self, query: Tensor, turns: Turns) -> Tensor:
+    def turned(self, query: Tensor, turns: Turns, native: bool) -> Tensor:
         """Return the queries of the pairs, turned for their runs: [N, Hq, D]."""
+        if native and not turns.interleaved:
+            from pagedkv.device.cpu.partials import turn
+
+            return turn(query, self.pairs[0], self._rows, turns.cos, turns.sin)
         asked = query.index_select(0, self.token)
         return asked if self._row is None else turns.apply(asked, self._row)
 
