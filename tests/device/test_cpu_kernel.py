@@ -95,6 +95,37 @@ def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(run(), want)
 
 
+@pytest.mark.parametrize("window", [0, 37])
+def test_decode_reads_each_visible_key_once_and_no_other(window: int) -> None:
+    """Every length up to beyond a tile: its four quarters end and begin in every way there is.
+
+    What is out of sight is far off, and what was never written is NaN.
+    """
+    from pagedkv.device.operators import PagedBias, paged_attention
+
+    lengths = np.arange(1, layout.TILE + 40)
+    generator = torch.Generator().manual_seed(0)
+    width, size, heads, dim = -(-int(lengths[-1]) // 16), 16, 2, 32
+    key, value = (torch.full((len(lengths) * width, size, heads, dim), torch.nan) for _ in range(2))
+    table = np.random.default_rng(0).permutation(len(key)).astype(np.int32).reshape(-1, width)
+    query = torch.randn(len(lengths), 3 * heads, dim, generator=generator)
+    want = torch.empty_like(query)
+    for row, n in enumerate(lengths):
+        k, v = torch.randn(2, n, heads, dim, generator=generator)
+        low = max(0, int(n) - window) if window else 0
+        v[:low] = 1e6
+        scores = torch.einsum("hgd,khd->hgk", query[row].view(heads, 3, dim), k) / dim**0.5
+        weights = scores[..., low:].softmax(-1)
+        want[row] = torch.einsum("hgk,khd->hgd", weights, v[low:]).reshape(-1, dim)
+        slots = torch.from_numpy(table[row].astype(np.int64)[:, None] * size + np.arange(size))
+        for pool, mine in ((key, k), (value, v)):
+            pool.view(-1, heads, dim)[slots.ravel()[:n]] = mine
+    starts = np.arange(len(lengths) + 1)
+    bias = PagedBias.build(starts, lengths, table, size, window=window)
+    got = paged_attention(query, key, value, bias)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
 def test_failing_to_compile_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: object, **_options: object) -> object:
         raise RuntimeError("no such instruction")

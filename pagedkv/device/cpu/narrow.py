@@ -4,10 +4,12 @@ Lanes run over the head size for scores and values, and over keys for the softma
 a block are read together, so memory is walked once and in order; a group's query rows find the
 key row in cache.
 
-Decode is bound by memory, and the processor looks ahead within a page at best: rows are asked for
-AHEAD keys before they are used, across the ends of block and tile, which is why the addresses of
-two tiles are at hand. They are asked into the second-level cache, which has room for more requests
-in flight than the first.
+Decode is bound by memory, and most of what is on its way there was asked for by the processor's own
+prefetchers, which need to see addresses go up line by line within a page. So a tile is walked as
+four runs of memory, a quarter of its keys each: each step takes a row of each quarter. Rows are
+also asked for by the kernel, AHEAD steps before they are used, across the ends of blocks and tiles,
+which is why the addresses of two tiles are at hand. They are asked into the second-level cache; a
+processor drops such a request when its first level already waits for as many lines as it can.
 """
 
 import numpy as np
@@ -66,7 +68,24 @@ from .simd import (
 )
 from .simd_math import exp2
 
-AHEAD = 16
+AHEAD = 16  # steps
+
+
+@kernel
+def quarters(low: int, high: int) -> tuple[int, int]:
+    """Where the first quarter of a tile's keys low..high begins, and how many keys each has.
+
+    Together they are whole fours: up to three keys more at either end.
+    """
+    begin = low // 4 * 4
+    return begin, (high - begin + 3) // 4
+
+
+@kernel
+def ahead(begin: int, quarter: int, j: int) -> int:
+    """The key AHEAD steps after the j-th, in the first quarter of this tile or of the next."""
+    soon = j + AHEAD
+    return soon if soon < begin + quarter else TILE + soon - begin - quarter
 
 
 @kernel
@@ -88,28 +107,31 @@ def _narrow_scores(
     key = get(params, KEY)
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
-    for j in range(low // 4 * 4, high, 4):
-        a, b = key + get(key_at, j), key + get(key_at, j + 1)
-        c, d = key + get(key_at, j + 2), key + get(key_at, j + 3)
-        e, f = key + get(key_at, j + AHEAD), key + get(key_at, j + AHEAD + 1)
-        g, h = key + get(key_at, j + AHEAD + 2), key + get(key_at, j + AHEAD + 3)
+    begin, quarter = quarters(low, high)
+    apart = 4 * quarter
+    for j in range(begin, begin + quarter):
+        soon = ahead(begin, quarter, j)
+        a, b = key + get(key_at, j), key + get(key_at, j + quarter)
+        c, d = key + get(key_at, j + 2 * quarter), key + get(key_at, j + 3 * quarter)
+        e, f = key + get(key_at, soon), key + get(key_at, soon + quarter)
+        g, h = key + get(key_at, soon + 2 * quarter), key + get(key_at, soon + 3 * quarter)
         q = query
         to = scores + 4 * j
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            soon = (e + offset, f + offset, g + offset, h + offset)
+            later = (e + offset, f + offset, g + offset, h + offset)
             if threes == 0:
-                ask(soon[0], size)
-                ask(soon[1], size)
-                ask(soon[2], size)
-                ask(soon[3], size)
+                ask(later[0], size)
+                ask(later[1], size)
+                ask(later[2], size)
+                ask(later[3], size)
             for _ in range(threes):
-                dots3(sample, rows, soon, q, dim, to)
+                dots3(sample, rows, later, q, dim, to, apart)
                 q += 3 * dims
                 to += 12 * TILE
             for _ in range(group - 3 * threes):
-                dots(sample, rows, q, dim, to)
+                dots(sample, rows, q, dim, to, apart)
                 q += dims
                 to += 4 * TILE
 
@@ -133,28 +155,31 @@ def _narrow_values(
     value = get(params, VALUE)
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
-    for j in range(low // 4 * 4, high, 4):
-        a, b = value + get(value_at, j), value + get(value_at, j + 1)
-        c, d = value + get(value_at, j + 2), value + get(value_at, j + 3)
-        e, f = value + get(value_at, j + AHEAD), value + get(value_at, j + AHEAD + 1)
-        g, h = value + get(value_at, j + AHEAD + 2), value + get(value_at, j + AHEAD + 3)
+    begin, quarter = quarters(low, high)
+    apart = 4 * quarter
+    for j in range(begin, begin + quarter):
+        soon = ahead(begin, quarter, j)
+        a, b = value + get(value_at, j), value + get(value_at, j + quarter)
+        c, d = value + get(value_at, j + 2 * quarter), value + get(value_at, j + 3 * quarter)
+        e, f = value + get(value_at, soon), value + get(value_at, soon + quarter)
+        g, h = value + get(value_at, soon + 2 * quarter), value + get(value_at, soon + 3 * quarter)
         at = weights + 4 * j
         to = acc
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
-            soon = (e + offset, f + offset, g + offset, h + offset)
+            later = (e + offset, f + offset, g + offset, h + offset)
             if threes == 0:
-                ask(soon[0], size)
-                ask(soon[1], size)
-                ask(soon[2], size)
-                ask(soon[3], size)
+                ask(later[0], size)
+                ask(later[1], size)
+                ask(later[2], size)
+                ask(later[3], size)
             for _ in range(threes):
-                add_rows3(sample, rows, soon, at, dim, to)
+                add_rows3(sample, rows, later, at, apart, dim, to)
                 at += 12 * TILE
                 to += 3 * dims
             for _ in range(group - 3 * threes):
-                add_rows(sample, rows, at, dim, to)
+                add_rows(sample, rows, at, apart, dim, to)
                 at += 4 * TILE
                 to += dims
 
@@ -273,7 +298,7 @@ def run_narrow(
 ) -> tuple[Address, Address, Address]:
     """Run an item; returns the addresses of its accumulator rows, maxima and sums.
 
-    `goes_on`: what comes next is this sequence's next span, so its first rows are asked for too.
+    `goes_on`: what comes next is this sequence's next span, so its first tile is asked for too.
     """
     dims = pad(get(params, HEAD_DIM), LANES)
     heads = get(item, HEAD_HIGH) - get(item, HEAD_LOW)
@@ -298,7 +323,7 @@ def run_narrow(
     places = (query, acc, state, scores, weights, sums, key_at, value_at)
     low, high = get(item, KEY_LOW), get(item, KEY_HIGH)
     tail = 8 * TILE  # bytes from this tile's addresses to the next tile's
-    end = min(high + AHEAD, visible(params, item, get(item, NUM_QUERIES) - 1)) if goes_on else high
+    end = min(high + tile, visible(params, item, get(item, NUM_QUERIES) - 1)) if goes_on else high
     soon = min(tile, high - low)
     if soon > 0:
         addresses(params, item, low, soon, key_at + tail, value_at + tail)

@@ -20,13 +20,13 @@ from .simd import (
     load,
     load_n,
     prefetch,
-    put_totals4,
     row_scale,
     scalar,
     splat,
     store,
     width,
 )
+from .simd_math import put_totals4
 
 __all__ = ["add_rows", "add_rows3", "ask", "dots", "dots3"]
 
@@ -46,9 +46,11 @@ def dots3(
     query: Address,
     dim: int,
     scores: Address,
+    apart: int,
 ) -> None:
     """Write query . key for the four keys at `rows` and three query rows; dim is whole vectors.
 
+    The scores of a query row lie `apart` bytes from each other.
     The four rows at `soon` are asked for on the way: spread out, requests do not queue.
     """
     f32 = np.float32(0)
@@ -76,16 +78,21 @@ def dots3(
         dq, dr, dt = fma(q, k, dq), fma(r, k, dr), fma(t, k, dt)
     u, v = row_scale(sample, rows[0]), row_scale(sample, rows[1])
     w, x = row_scale(sample, rows[2]), row_scale(sample, rows[3])
-    put_totals4(scores, aq, bq, cq, dq, u, v, w, x)
-    put_totals4(scores + 4 * TILE, ar, br, cr, dr, u, v, w, x)
-    put_totals4(scores + 8 * TILE, at, bt, ct, dt, u, v, w, x)
+    put_totals4(scores, apart, aq, bq, cq, dq, u, v, w, x)
+    put_totals4(scores + 4 * TILE, apart, ar, br, cr, dr, u, v, w, x)
+    put_totals4(scores + 8 * TILE, apart, at, bt, ct, dt, u, v, w, x)
 
 
 @kernel
 def dots(
-    sample: Sample, rows: tuple[Address, ...], query: Address, dim: int, scores: Address
+    sample: Sample,
+    rows: tuple[Address, ...],
+    query: Address,
+    dim: int,
+    scores: Address,
+    apart: int,
 ) -> None:
-    """Write query . key for the four keys at `rows`."""
+    """Write query . key for the four keys at `rows`, `apart` bytes from each other."""
     skip = lead(sample)
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     whole = dim // LANES * LANES
@@ -106,6 +113,7 @@ def dots(
         z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
     put_totals4(
         scores,
+        apart,
         w,
         x,
         y,
@@ -123,22 +131,24 @@ def add_rows3(
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
     weights: Address,
+    apart: int,
     dim: int,
     acc: Address,
 ) -> None:
-    """acc[0:3] += weights[0:3, 0:4] . the four value rows; the rest as for `dots3`."""
+    """acc[0:3] += weights of three query rows . the four value rows; the rest as for `dots3`."""
     f32 = np.float32(0)
     step, skip = width(sample), lead(sample)
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     u, v = row_scale(sample, rows[0]), row_scale(sample, rows[1])
     w, x = row_scale(sample, rows[2]), row_scale(sample, rows[3])
     other, third = weights + 4 * TILE, weights + 8 * TILE
-    aq, bq = splat(scalar(f32, weights) * u), splat(scalar(f32, weights + 4) * v)
-    cq, dq = splat(scalar(f32, weights + 8) * w), splat(scalar(f32, weights + 12) * x)
-    ar, br = splat(scalar(f32, other) * u), splat(scalar(f32, other + 4) * v)
-    cr, dr = splat(scalar(f32, other + 8) * w), splat(scalar(f32, other + 12) * x)
-    at, bt = splat(scalar(f32, third) * u), splat(scalar(f32, third + 4) * v)
-    ct, dt = splat(scalar(f32, third + 8) * w), splat(scalar(f32, third + 12) * x)
+    aq, bq = splat(scalar(f32, weights) * u), splat(scalar(f32, weights + apart) * v)
+    ar, br = splat(scalar(f32, other) * u), splat(scalar(f32, other + apart) * v)
+    at, bt = splat(scalar(f32, third) * u), splat(scalar(f32, third + apart) * v)
+    i, j = 2 * apart, 3 * apart
+    cq, dq = splat(scalar(f32, weights + i) * w), splat(scalar(f32, weights + j) * x)
+    cr, dr = splat(scalar(f32, other + i) * w), splat(scalar(f32, other + j) * x)
+    ct, dt = splat(scalar(f32, third + i) * w), splat(scalar(f32, third + j) * x)
     stride = 4 * dim
     for i in range(0, dim, LANES):
         if i * step % 64 == 0:
@@ -162,15 +172,20 @@ def add_rows3(
 
 @kernel
 def add_rows(
-    sample: Sample, rows: tuple[Address, ...], weights: Address, dim: int, acc: Address
+    sample: Sample,
+    rows: tuple[Address, ...],
+    weights: Address,
+    apart: int,
+    dim: int,
+    acc: Address,
 ) -> None:
-    """acc += weights[0:4] . the four value rows."""
+    """acc += weights . the four value rows; the weights lie `apart` bytes from each other."""
     f32 = np.float32(0)
     step, skip = width(sample), lead(sample)
     p = splat(scalar(f32, weights) * row_scale(sample, rows[0]))
-    q = splat(scalar(f32, weights + 4) * row_scale(sample, rows[1]))
-    r = splat(scalar(f32, weights + 8) * row_scale(sample, rows[2]))
-    s = splat(scalar(f32, weights + 12) * row_scale(sample, rows[3]))
+    q = splat(scalar(f32, weights + apart) * row_scale(sample, rows[1]))
+    r = splat(scalar(f32, weights + 2 * apart) * row_scale(sample, rows[2]))
+    s = splat(scalar(f32, weights + 3 * apart) * row_scale(sample, rows[3]))
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     i = 0
     while i + LANES <= dim:

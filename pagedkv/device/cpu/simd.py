@@ -343,7 +343,8 @@ def _larger(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_unordered(">", x, y), x, y)
 
 
-def _halves(builder: Any, value: Any) -> tuple[Any, Any]:
+def halves(builder: Any, value: Any) -> tuple[Any, Any]:
+    """A vector's lower and upper lanes."""
     n = value.type.count // 2
     masks = [ir.Constant(ir.VectorType(_I32, n), [_I32(i + s) for i in range(n)]) for s in (0, n)]
     low, high = (builder.shuffle_vector(value, value, m) for m in masks)
@@ -352,44 +353,5 @@ def _halves(builder: Any, value: Any) -> tuple[Any, Any]:
 
 def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
     while value.type.count > 1:
-        value = combine(*_halves(builder, value))
+        value = combine(*halves(builder, value))
     return builder.extract_element(value, _I32(0))
-
-
-@_lowered
-def put_totals4(
-    _typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, r: Any, s: Any
-) -> Any:
-    """Write the lane sums of a, b, c, d, times p, q, r, s, as four fp32 numbers at `address`."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        sums = _transpose_add(builder, args[1:5])
-        while sums.type.count > 4:
-            sums = builder.fadd(*_halves(builder, sums))
-        factors = ir.Constant(sums.type, ir.Undefined)
-        for i, factor in enumerate(args[5:]):
-            factors = builder.insert_element(factors, factor, _I32(i))
-        pointer = pointer_to(builder, args[0], sums.type)
-        builder.store(builder.fmul(sums, factors), pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, *(VECTOR,) * 4, *(types.float32,) * 4), codegen
-
-
-def _transpose_add(builder: Any, rows: list[Any]) -> Any:
-    """Four vectors -> one, each four lanes of which sum four lanes of a, b, c, d in turn.
-
-    Shuffles within 128 bits are the cheap ones, and folding comes once for all four.
-    """
-    # Even lanes of x then of y, by fours; and the odd ones.
-    orders = [
-        [j + i + lane for i in range(0, LANES, 4) for j in (0, LANES) for lane in (s, s + 2)]
-        for s in (0, 1)
-    ]
-    masks = [ir.Constant(VEC_I32, [_I32(i) for i in order]) for order in orders]
-
-    def pair(x: Any, y: Any) -> Any:
-        return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
-
-    a, b, c, d = rows
-    return pair(pair(a, b), pair(c, d))

@@ -1,10 +1,33 @@
-"""Powers and logarithms to base 2, lane by lane: polynomials in place of calls to a library."""
+"""Powers and logarithms to base 2, lane by lane, and sums across the lanes of four vectors.
 
+Polynomials stand in place of calls to a library.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
-from .simd import LANES, VEC, VEC_I32, call, const, const_int, intrinsic_name, operation
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
 
-__all__ = ["exp2", "log2"]
+from .simd import (
+    LANES,
+    VEC,
+    VEC_I32,
+    VECTOR,
+    call,
+    const,
+    const_int,
+    halves,
+    intrinsic_name,
+    operation,
+    pointer_to,
+)
+
+__all__ = ["exp2", "log2", "put_totals4"]
+
+_F32, _I32 = ir.FloatType(), ir.IntType(32)
+_lowered: Callable[[Callable[..., Any]], Any] = intrinsic
 
 # A minimax fit of 2**f on [-0.5, 0.5], lowest degree first; relative error below 2e-9.
 _EXP2 = (1.0, 0.69314718, 0.24022646, 0.055503286, 0.009618489, 0.0013399932, 0.00015345799)
@@ -46,3 +69,55 @@ def _emit_log2(builder: Any, x: Any) -> Any:
 
 exp2 = operation(1, _emit_exp2)
 log2 = operation(1, _emit_log2)
+
+
+@_lowered
+def put_totals4(
+    _typing: Any,
+    address: Any,
+    step: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    d: Any,
+    p: Any,
+    q: Any,
+    r: Any,
+    s: Any,
+) -> Any:
+    """Write the lane sums of a, b, c, d, times p, q, r, s: fp32, `step` bytes from each other."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        sums = _transpose_add(builder, args[2:6])
+        while sums.type.count > 4:
+            sums = builder.fadd(*halves(builder, sums))
+        factors = ir.Constant(sums.type, ir.Undefined)
+        for i, factor in enumerate(args[6:]):
+            factors = builder.insert_element(factors, factor, _I32(i))
+        sums, address = builder.fmul(sums, factors), args[0]
+        for i in range(4):
+            one = builder.extract_element(sums, _I32(i))
+            builder.store(one, pointer_to(builder, address, _F32))
+            address = builder.add(address, args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, *(VECTOR,) * 4, *(types.float32,) * 4), codegen
+
+
+def _transpose_add(builder: Any, rows: list[Any]) -> Any:
+    """Four vectors -> one, each four lanes of which sum four lanes of a, b, c, d in turn.
+
+    Shuffles within 128 bits are the cheap ones, and folding comes once for all four.
+    """
+    # Even lanes of x then of y, by fours; and the odd ones.
+    orders = [
+        [j + i + lane for i in range(0, LANES, 4) for j in (0, LANES) for lane in (s, s + 2)]
+        for s in (0, 1)
+    ]
+    masks = [ir.Constant(VEC_I32, [_I32(i) for i in order]) for order in orders]
+
+    def pair(x: Any, y: Any) -> Any:
+        return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
+
+    a, b, c, d = rows
+    return pair(pair(a, b), pair(c, d))
