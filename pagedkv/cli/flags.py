@@ -216,7 +216,7 @@ def add_engine_flags(
         default="none",
         choices=("none", "lm_head", "all"),
         help="keep the output embedding, or all weights, in the order that the CPU multiplies in: "
-        "faster decode steps; an embedding that is tied is kept twice [default: %(default)s]",
+        "faster steps in float32; an embedding that is tied is kept twice [default: %(default)s]",
     )
     add_config_flags(parser, skip=skip, **defaults)
 

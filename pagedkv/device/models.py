@@ -98,7 +98,7 @@ def load_model(
         device: A torch device, "cpu" or "cuda" or "cuda:1".
         seed: Of the tiny models' weights; no other model looks at it.
         pack_weights: Which matrices are kept in the order that the processor multiplies in, for
-            faster decode steps (CPU only): "none", "lm_head", the output embedding, or "all" that
+            faster steps (fp32 on the CPU): "none", "lm_head", the output embedding, or "all" that
             linear layers have. A tied output embedding is kept once more for it.
         progress: Show bars for download, conversion and loading on standard error.
 

@@ -1,7 +1,7 @@
 """Linear layers whose weights lie in the order that the processor multiplies in.
 
-A small batch through a large matrix spends much of its time copying that matrix into the order
-that the product wants. oneDNN, which torch brings, can keep it in that order.
+A small batch through a large matrix is bound by how that matrix is read: a layout of our own
+(`cpu/linear.py`) has it read once, in one direction. fp32 on the CPU.
 """
 
 from collections import Counter
@@ -14,18 +14,15 @@ from pagedkv.errors import ConfigError, UnsupportedBackend
 
 __all__ = ["PackedLinear", "pack_weights"]
 
-# What the layout is tuned for; a matrix packed for 32 rows serves any number of them.
-_ROWS = 32
 _CHOICES = ("none", "lm_head", "all")
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by a packed weight.
+    """A linear layer that multiplies by a packed weight, fp32 on the CPU.
 
-    Its weight is packed itself (`to_dense` gives it back, bit for bit) unless others read it too,
-    as a tied embedding does: then it stays as it is and there is a packed copy beside it. Names,
-    shapes and counts of parameters are as before either way. What is packed follows no later
-    change, and cannot be deep-copied or converted.
+    A weight that others read too, as a tied embedding does, stays as it is, with the packed copy
+    beside it. Any other is kept packed and not plain: its parameter lies on torch's "meta" device,
+    where it has name, shape and type and no numbers; `plain` gives them back.
 
     Args:
         linear: Whose weight and bias it takes over.
@@ -33,19 +30,29 @@ class PackedLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, *, shared: bool) -> None:
+        from pagedkv.device.cpu.linear import get_ready, multiply, pack
+
         nn.Module.__init__(self)
+        get_ready()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
-        self._packed = packed
-        self.weight = linear.weight if shared else nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
+        self._multiply = multiply
+        self._panels: Tensor = pack(linear.weight.detach())
+        weight = linear.weight if shared else nn.Parameter(linear.weight.to("meta"), False)
+        self.weight, self.bias = weight, linear.bias
+
+    def plain(self) -> Tensor:
+        """Return the weight that was packed, bit for bit: [out_features, in_features]."""
+        from pagedkv.device.cpu.linear import unpack
+
+        return unpack(self._panels, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``: [..., in_features] to [..., out_features]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self._packed, self.bias, "none", [], ""
-        )
-        return out
+        rows = input.reshape(-1, self.in_features)
+        out: Tensor = self._multiply(rows, self._panels, self.out_features)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*input.shape[:-1], self.out_features)
 
 
 def pack_weights(model: Any, which: str, name: str) -> None:
@@ -57,8 +64,8 @@ def pack_weights(model: Any, which: str, name: str) -> None:
 
     Raises:
         ConfigError: `which` is none of these.
-        UnsupportedBackend: torch does not pack a matrix on this machine, or the packed product
-            is not the plain one within rounding. Layers before it are packed already.
+        UnsupportedBackend: A layer is not one in fp32 on the CPU, the product cannot be compiled
+            here, or it is not the plain one within rounding. Layers before it are packed already.
 
     Cost: a tied output embedding once more in memory, of the rest one matrix for a moment; a
         second for 500 MB.
@@ -88,15 +95,15 @@ def _packed(plain: Any, shared: bool, where: str) -> PackedLinear:
     problem = ""
     if not isinstance(plain, nn.Linear):
         problem = f"this is {type(plain).__name__}, not a linear layer"
-    elif plain.weight.device.type != "cpu":
-        problem = f"the weight is on {plain.weight.device}; packing is for the CPU"
+    elif plain.weight.device.type != "cpu" or plain.weight.dtype != torch.float32:
+        kind = str(plain.weight.dtype).removeprefix("torch.")
+        problem = f"the weight is {kind} on {plain.weight.device}; packing is for float32 on cpu"
     else:
         try:
             packed = PackedLinear(plain, shared=shared)
             problem = _difference(packed, plain)
-        except (AttributeError, NotImplementedError, RuntimeError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            problem = f"torch {torch.__version__} does not pack it here ({lines[0]})"
+        except ImportError as error:
+            problem = f"numba cannot be imported ({error}): install pagedkv[cpu]"
     if problem:
         raise UnsupportedBackend(
             f"pack_weights cannot be had: {problem}", where=where, remedy="leave pack_weights out"
@@ -107,10 +114,9 @@ def _packed(plain: Any, shared: bool, where: str) -> PackedLinear:
 def _difference(packed: nn.Linear, plain: nn.Linear) -> str:
     """Say how the two differ on random rows, if by more than rounding; else ""."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, plain.in_features, generator=generator).to(plain.weight.dtype)
+    probe = torch.randn(3, plain.in_features, generator=generator)
     with torch.no_grad():
-        expected, found = plain(probe).float(), packed(probe).float()
-    # bf16 and fp16 round every product's sum to their own few bits.
-    bound = max(1e-4, 2 * torch.finfo(plain.weight.dtype).eps) * float(expected.abs().max())
+        expected, found = plain(probe), packed(probe)
+    bound = 1e-4 * float(expected.abs().max())
     error = float((found - expected).abs().max())
     return "" if error <= bound else f"the packed product is off by {error:.1e} (bound {bound:.1e})"
