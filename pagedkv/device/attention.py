@@ -46,7 +46,9 @@ class PagedAttentionStep:
         self._layout = layout
         block_size = store.block_size
         self._tables = geometry.num_kv_heads // layout.heads_per_group  # per layer
-        self._slots = send(plan.slot_mapping)
+        slots = send(plan.slot_mapping)
+        firsts = sorted(set(layout.group_of))
+        self._slots = {group: slots[group : group + self._tables].view(-1) for group in firsts}
         by_block = [wanted for wanted in plan.observations if wanted.unit == "block"]
         self._blocks = Pass(plan, by_block, block_size, geometry, layout, operator, send)
         self._tokens = [
@@ -62,9 +64,8 @@ class PagedAttentionStep:
         group, slot = self._layout.group_of[layer_idx], self._layout.slot_of[layer_idx]
         if self._tables > 1:
             key, value = (head_by_head(x, self._tables) for x in (key, value))
-        slots = self._slots[group : group + self._tables].view(-1)
-        self._store.write(slot, slots, key, value)
-        keys, values = self._store.keys[slot], self._store.values[slot]
+        self._store.write(slot, self._slots[group], key, value)
+        keys, values = self._store.layers[slot]
         out = self._blocks.attend(layer_idx, query, keys, values, scaling)
         for listening, tokens in self._tokens:
             by_slot = -1, 1, *keys.shape[2:]

@@ -93,6 +93,7 @@ class KVStore:
         keys: [slot_layers, num_blocks, block_size, heads_per_group, head_dim]; of int8 and int4,
             rows of int32 words as `quantize` and `quantize4` pack them.
         values: The same shape.
+        layers: Of each slot layer, its keys and its values.
 
     Args:
         layout: The scheduler's groups; one for everything if omitted.
@@ -134,6 +135,9 @@ class KVStore:
         self._host = [(pool, HostBlocks(pool, num_cpu_blocks)) for pool in (self.keys, self.values)]
         self._key_slots = self.keys.view(shape[0], num_blocks * block_size, -1)
         self._value_slots = self.values.view(shape[0], num_blocks * block_size, -1)
+        # Views of single layers, made once: a step would make them anew for every layer.
+        self.layers = [*zip(self.keys, self.values, strict=True)]
+        self._rows = [*zip(self._key_slots, self._value_slots, strict=True)]
         if poison:
             self.fill_nan(slice(None))
 
@@ -161,9 +165,9 @@ class KVStore:
             key: [T, heads_per_group, head_dim]; any strides.
             value: The same shape.
         """
-        for pool, fresh in ((self._key_slots, key), (self._value_slots, value)):
-            rows = self._pack(fresh) if self._pack else fresh.to(pool.dtype)
-            pool[slot_layer].index_copy_(0, slots, rows.reshape(len(slots), -1))
+        for layer, fresh in zip(self._rows[slot_layer], (key, value), strict=True):
+            rows = self._pack(fresh) if self._pack else fresh.to(layer.dtype)
+            layer.index_copy_(0, slots, rows.flatten(1))
 
     def fill_nan(self, slots: Tensor | slice) -> None:
         """Fill single slots with NaN in every layer; int64 [N]. Packed rows then read as NaN."""
