@@ -296,8 +296,11 @@ class Admission:
             without: [N] Rows that are not counted.
         """
         table, manager = self._table, self._manager
+        running, is_greedy = table.running, self._config.scheduler.admission == "greedy"
+        if is_greedy and without is None and len(running) + table.num_free_rows == table.num_rows:
+            now = manager.pledged_blocks(running)
+            return Need(now, now)
         taken = table.seq_id != FREE
-        running = table.running
         if without is not None:
             taken[without] = False
             running = running[taken[running]]
@@ -311,7 +314,7 @@ class Admission:
                 int((own - table.num_prompt[waits] // manager.block_size).sum())
                 * manager.num_groups
             )
-        if self._config.scheduler.admission == "greedy":
+        if is_greedy:
             return Need(now, now)
         rows = np.flatnonzero(taken).astype(np.int32)
         most = footprint(table.limit[rows] - 1, table.max_blocks[rows], manager.block_size)

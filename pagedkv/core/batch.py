@@ -1,7 +1,7 @@
 """The rows that compute in a step, and what follows from who they are."""
 
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,27 @@ from pagedkv.core.table import SequenceTable
 __all__ = ["Batch"]
 
 NOBODY: Int64 = np.empty(0, np.int64)
+Value = TypeVar("Value")
+
+
+class fact(Generic[Value]):
+    """What is worked out when it is first asked for, and kept: `functools.cached_property` without
+    the lock that it takes before Python 3.12, which costs as much as most facts.
+    """
+
+    def __init__(self, found: Callable[[Any], Value]) -> None:
+        self._found = found
+        self.__doc__ = found.__doc__
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> "fact[Value]": ...
+    @overload
+    def __get__(self, owner: object, kind: type) -> Value: ...
+    def __get__(self, owner: object | None, kind: type) -> "fact[Value] | Value":
+        if owner is None:
+            return self
+        value = vars(owner)[self._found.__name__] = self._found(owner)
+        return value
 
 
 class Batch:
@@ -30,18 +51,21 @@ class Batch:
         num_tokens: T, the sum of ``counts``.
     """
 
-    def __init__(self, table: SequenceTable, rows: Int32, counts: Int32) -> None:
+    def __init__(
+        self, table: SequenceTable, rows: Int32, counts: Int32, num_tokens: int | None = None
+    ) -> None:
         self.table = table
         self.rows = rows
         self.counts = counts
         self.at = at_rows(rows)
-        self.num_tokens = int(counts.sum())
+        self.num_tokens = int(counts.sum()) if num_tokens is None else num_tokens
         self._running: Int32 | None = None
 
     @classmethod
     def decoding(cls, table: SequenceTable) -> "Batch":
         """Return the batch in which every running row computes one token."""
-        made = cls(table, table.running.copy(), np.ones(len(table.running), np.int32))
+        many = len(table.running)
+        made = cls(table, table.running.copy(), np.ones(many, np.int32), many)
         made._running = table.running
         return made
 
@@ -58,11 +82,11 @@ class Batch:
         """
         return self._running is self.table.running
 
-    def over(self, counts: Int32) -> "Batch":
+    def over(self, counts: Int32, num_tokens: int) -> "Batch":
         """Return the same rows with other counts; what was gathered of them is kept."""
         made = Batch.__new__(Batch)
         made.table, made.rows, made.at, made._running = self.table, self.rows, self.at, None
-        made.counts, made.num_tokens = counts, int(counts.sum())
+        made.counts, made.num_tokens = counts, num_tokens
         facts = vars(self).keys() & {"seq_ids", "tenants", "by_token", "forked"}
         vars(made).update({name: vars(self)[name] for name in facts})
         return made
@@ -75,29 +99,29 @@ class Batch:
 
     # Where each row's tokens lie among the T of the step
 
-    @cached_property
+    @fact
     def start(self) -> Int32:
         """[B + 1] Where each row's tokens begin."""
         start = np.zeros(len(self.counts) + 1, np.int32)
         np.cumsum(self.counts, out=start[1:])
         return start
 
-    @cached_property
+    @fact
     def member(self) -> Int64:
         """[T] The index of each token's row among the B."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
-    @cached_property
+    @fact
     def offset(self) -> Int32:
         """[T] The place of each token among its row's."""
         return (np.arange(self.num_tokens) - self.start[self.member]).astype(np.int32)
 
-    @cached_property
+    @fact
     def token_rows(self) -> Int32:
         """[T] Each token's row."""
         return self.rows if self.decodes else self.rows[self.member]
 
-    @cached_property
+    @fact
     def tables(self) -> Int64:
         """[groups, T] The table that each token is written through, counted group after group."""
         first = np.arange(self.table.num_groups)[:, None] * self.table.num_rows
@@ -105,12 +129,12 @@ class Batch:
 
     # Facts
 
-    @cached_property
+    @fact
     def seq_ids(self) -> Int64:
         """[B] The sequences."""
         return self.table.seq_id[self.rows]
 
-    @cached_property
+    @fact
     def tenants(self) -> Int32:
         """[B] Their tenants."""
         return self.table.tenant[self.rows]
@@ -125,7 +149,7 @@ class Batch:
         counts: Int32 = np.maximum(computed + self.counts - np.maximum(computed, scored), 0)
         return counts
 
-    @cached_property
+    @fact
     def policies(self) -> list[tuple[int, Int32]]:
         """Each eviction policy among the rows, by number, and the indices of its rows."""
         ids = self.table.policy_id[self.at]
@@ -134,7 +158,7 @@ class Batch:
             for each in np.unique(ids[ids >= 0]).tolist()
         ]
 
-    @cached_property
+    @fact
     def rotates(self) -> Bool | None:
         """[B] Whose policy closes the gaps that it leaves; None if nobody's does."""
         if not self.table.keeps_scores:
@@ -142,19 +166,19 @@ class Batch:
         rotates = self.table.rotates[self.rows]
         return rotates if rotates.any() else None
 
-    @cached_property
+    @fact
     def by_token(self) -> Int64:
         """The indices of rows whose policy evicts single tokens."""
         if not self.table.keeps_scores:
             return NOBODY
         return np.flatnonzero(self.table.by_token[self.at])
 
-    @cached_property
+    @fact
     def forked(self) -> bool:
         """Whether any may share a block that is not full. A fork starts rows."""
         return bool(np.count_nonzero(self.table.forked[self.at]))
 
-    @cached_property
+    @fact
     def prompt_logprobs(self) -> Int32 | None:
         """[B] What each asks of its prompt; None if nobody asks."""
         asked = self.table.prompt_logprobs[self.rows]
@@ -162,7 +186,7 @@ class Batch:
 
     # Draws
 
-    @cached_property
+    @fact
     def draws(self) -> "Draws":
         """All rows draw a token each, after their last."""
         return Draws(self.table, self.rows, self.start[1:] - 1)
@@ -191,37 +215,37 @@ class Draws:
         self.rows = rows
         self.index = index
 
-    @cached_property
+    @fact
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """[S] each: the parameters, by name."""
         return {name: column[self.rows] for name, column in self.table.sampling.items()}
 
-    @cached_property
+    @fact
     def most_logprobs(self) -> int:
         """The most alternatives that any wants; -1 if none wants any log-probability."""
         return int(self.columns["num_logprobs"].max(initial=-1))
 
-    @cached_property
+    @fact
     def penalised(self) -> Int32:
         """The indices of those that have any penalty."""
         return np.flatnonzero(self.table.penalised[self.rows]).astype(np.int32)
 
-    @cached_property
+    @fact
     def num_prompt(self) -> Int32:
         """[S] Their prompts' lengths."""
         return self.table.num_prompt[self.rows]
 
-    @cached_property
+    @fact
     def tenants(self) -> Int32:
         """[S] Their tenants."""
         return self.table.tenant[self.rows]
 
-    @cached_property
+    @fact
     def limit(self) -> Int32:
         """[S] The number of known tokens at which each ends."""
         return self.table.limit[self.rows]
 
-    @cached_property
+    @fact
     def stop_ids(self) -> Int32 | None:
         """[S, width] Tokens that end each; None if none does."""
         stop_ids = self.table.stop_ids[self.rows]

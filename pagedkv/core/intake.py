@@ -18,6 +18,8 @@ from pagedkv.core.roster import Roster
 
 __all__ = ["Intake"]
 
+NOBODY = np.empty(0, np.int32), np.empty(0, np.int32)
+
 
 class Intake:
     """Tries waiting sequences in their queue's order until tokens, rows or blocks run out."""
@@ -103,10 +105,10 @@ class Intake:
             budget: Tokens that the step has left.
             now: The step's number.
         """
+        if not self._roster.waiting or budget <= 0 or not self._table.num_free_rows:
+            return NOBODY
         rows: list[int] = []
         counts: list[int] = []
-        if not self._roster.waiting or budget <= 0 or not self._table.num_free_rows:
-            return np.array(rows, np.int32), np.array(counts, np.int32)
         alone = len(self._roster.waiting) == 1 and not len(self._table.running)
         chunk = (0 if alone else self._limits.long_prefill_token_threshold) or budget
         passed: list[Sequence] = []
@@ -133,7 +135,7 @@ class Intake:
                 rows.append(seq.row)
                 counts.append(count)
                 budget -= count
-        return np.array(rows, np.int32), np.array(counts, np.int32)
+        return (np.array(rows, np.int32), np.array(counts, np.int32)) if rows else NOBODY
 
     def _may_pass(self, passed: list[Sequence]) -> bool:
         """Return whether one more may be admitted before those that did not fit."""
@@ -151,14 +153,16 @@ class Intake:
         """Admit a sequence and return how many of its tokens it computes in this step."""
         stop_ids = seq.request.sampling.ends_at(self._config.model.eos_token_ids)
         self._roster.admit(seq, hits, stop_ids)
-        row = np.array([seq.row], np.int32)
-        left = self._table.num_known[row] - self._table.num_computed[row]
-        left = self._roster.until_forks(row, left)
-        count = min(int(self._retention.limit(row, left)[0]), most)
-        batch = Batch(self._table, row, np.array([count], np.int32))
-        place(batch)
-        copies = self._manager.grow(batch)
-        assert not len(copies), "an admitted sequence shares no block that it writes to"
+        table, row = self._table, seq.row
+        end = seq.fork_at if seq.siblings else int(table.num_known[row])
+        left = end - int(table.num_computed[row])
+        if not table.keeps_scores:
+            count = min(left, most)
+        else:
+            rows = np.array([row], np.int32)
+            count = min(int(self._retention.limit(rows, np.array([left], np.int32))[0]), most)
+            place(Batch(table, rows, np.array([count], np.int32)))
+        self._manager.grow_one(row, count)
         return count
 
     def _digests_in_work(self) -> set[bytes | None] | None:

@@ -15,8 +15,10 @@ import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.batch import Batch
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.planner import Decision
+from pagedkv.core.publisher import Sealed
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
 
@@ -35,10 +37,14 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
         more: Their sum.
         drawing: [S] The rows that draw a token in each step; the others' prompts go on after it.
         resident: [groups, B] Tokens resident after the first step.
+        known: [S] Tokens that the drawing rows know before.
         room: The step, counted from 1, with which the first of them ends.
         steps: The most steps, or those to commit; 1 at least.
-        taken_at: [N] Of each block taken after the first step, the step, counted from 0; known
-            once the leap is extended.
+
+    Known once the leap is extended:
+        batch: The rows and what each computes in all of the steps.
+        sealed: The blocks that they fill, if that was looked at.
+        taken_at: [N] Of each block taken after the first step, the step, counted from 0.
     """
 
     decision: Decision
@@ -46,14 +52,12 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
     more: int
     drawing: Int64
     resident: Int32
+    known: Int32
     room: int
     steps: int
-    taken_at: Int32 | None = None
-
-    def counts(self, steps: int) -> Int32:
-        """Return how many tokens each row computes in the first so many steps: [B]."""
-        counts: Int32 = self.decision.batch.counts + np.int32(steps - 1) * self.then
-        return counts
+    batch: Batch | None = None
+    sealed: Sealed | None = None
+    taken_at: Int32 = NEVER
 
 
 def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
@@ -75,22 +79,22 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
         or roster.finished
         or scheduler._outstanding is not None
         or scheduler.tenants.limited
-        or manager.records_events
+        or manager.publisher.records
         or any(scheduler.layout.windows)
     ):
         return None
     decision = scheduler._outstanding = scheduler._decide()
     batch = decision.batch
     rows, first = batch.rows.astype(np.intp), batch.counts
-    known = table.num_known[rows]
-    left = known - table.num_computed[rows] - first
-    then, more, drawing = np.ones(len(rows), np.int32), len(rows), rows
-    goes_on = np.count_nonzero(left) > 0  # a prompt
-    if goes_on:
+    then, more = np.ones(len(rows), np.int32), len(rows)
+    known, drawing = table.num_known[rows], rows
+    left = None if batch is scheduler._decoding else known - table.num_computed[rows] - first
+    goes_on = left is not None and np.count_nonzero(left) > 0  # a prompt
+    if left is not None and goes_on:
         drawing, known = rows[left == 0], known[left == 0]
     room = int((table.limit[drawing] - known).min(initial=FAR))
     resident = table.num_resident[:, rows] + first
-    steps = min(most, room, _repeats(scheduler, decision, left))
+    steps = min(most, room, _repeats(scheduler, decision, left if goes_on else None))
     if steps > 1:
         if goes_on:
             then[-1] = chunk = _chunk(scheduler, len(rows))
@@ -102,22 +106,23 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
         more=more,
         drawing=drawing,
         resident=resident,
+        known=known,
         room=room,
         steps=steps,
     )
 
 
-def _repeats(scheduler: Scheduler, decision: Decision, left: Int32) -> int:
+def _repeats(scheduler: Scheduler, decision: Decision, left: Int32 | None) -> int:
     """Return for how many steps a decision surely holds, as far as tokens and the queue go.
 
     Args:
-        left: [B] Known tokens that each row leaves to later steps.
+        left: [B] Known tokens that each row leaves to later steps; None if nobody leaves any.
     """
     roster, limits = scheduler._roster, scheduler.config.scheduler
-    batch = len(left)
+    batch = len(decision.batch.rows)
     if not batch or batch < len(scheduler.table.running) or roster.finished:
         return 1
-    if np.count_nonzero(left):
+    if left is not None:
         # A prompt that takes all the budget keeps everybody out, until its last tokens.
         chunk = _chunk(scheduler, batch)
         waits = roster.waiting and limits.scheduling_policy == "priority"
@@ -192,13 +197,19 @@ def extend_leap(scheduler: Scheduler, leap: Leap, token_ids: Int32) -> Leap:
         order, because a block is about to be sealed whose content is cached elsewhere.
     """
     manager, table, steps = scheduler.manager, scheduler.table, len(token_ids)
-    known = table.num_known[leap.drawing]
-    table.reserve_tokens(int(known.max(initial=0)) + steps)
-    at = leap.drawing * table.token_ids.shape[1] + known
+    table.reserve_tokens(int(leap.known.max(initial=0)) + steps)
+    at = leap.drawing * table.token_ids.shape[1] + leap.known
     table.token_ids.reshape(-1)[at + np.arange(steps)[:, None]] = token_ids
-    if steps > 1 and manager.enable_prefix_caching and _collide(manager, leap, steps):
-        steps = 1
-    return msgspec.structs.replace(leap, steps=steps, taken_at=_grow(manager, leap, steps - 1))
+    batch, sealed, taken_at = leap.decision.batch, None, NEVER
+    if steps > 1:
+        whole = _over(batch, leap, steps)
+        sealed = manager.about_to_fill(whole)
+        if _collide(manager, sealed):
+            steps, sealed = 1, None
+        else:
+            batch, sealed = whole, sealed._replace(are_new=True)
+            taken_at = _grow(manager, leap, steps - 1)
+    return msgspec.structs.replace(leap, steps=steps, batch=batch, sealed=sealed, taken_at=taken_at)
 
 
 def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
@@ -210,12 +221,10 @@ def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
     table, roster, steps = scheduler.table, scheduler._roster, leap.steps
     scheduler._outstanding = None
     scheduler.tier.commit()
-    batch = leap.decision.batch
-    if steps > 1:
-        batch = batch.over(leap.counts(steps))
+    batch, known = leap.batch, leap.known + np.int32(steps)
+    assert batch is not None, "a leap is extended first"
     scheduler.tenants.charge(batch.tenants, batch.first_time)
-    scheduler.manager.advance(batch)
-    known = table.num_known[leap.drawing] + np.int32(steps)
+    scheduler.manager.advance(batch, leap.sealed)
     table.num_known[leap.drawing] = known
     all_draw = len(leap.drawing) == len(batch.rows)
     tenants = batch.tenants if all_draw else table.tenant[leap.drawing]
@@ -227,24 +236,22 @@ def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
     scheduler.totals.generation_tokens += steps * len(leap.drawing)
     if steps == leap.room:
         full, last = known >= table.limit[leap.drawing], table.token_ids[leap.drawing, known - 1]
-        scheduler._finish_ended(leap.drawing, last, np.zeros_like(full), full)
+        scheduler._finish_ended(leap.drawing, last, np.zeros(len(full), np.bool_), full)
     finished, roster.finished = roster.finished, []
     if scheduler._audits:
         scheduler.audit()
     return finished
 
 
-def _collide(manager: BlockManager, leap: Leap, steps: int) -> bool:
-    """Return whether the tokens of so many steps, which are written already, seal a block that is
-    findable, or two alike. Hash chains grow by what is looked at.
-    """
-    batch, size = leap.decision.batch, manager.block_size
-    before = manager.table.num_computed[batch.at]
-    first, full = before // size, (before + leap.counts(steps)) // size
-    sealing = (first != full).nonzero()[0]
-    if not len(sealing):
-        return False
-    new = manager.publisher.digests(batch.rows[sealing], first[sealing], full[sealing])
+def _over(batch: Batch, leap: Leap, steps: int) -> Batch:
+    """Return the batch of a leap's first step as that of so many steps."""
+    counts = batch.counts + np.int32(steps - 1) * leap.then
+    return batch.over(counts, batch.num_tokens + (steps - 1) * leap.more)
+
+
+def _collide(manager: BlockManager, sealed: Sealed) -> bool:
+    """Return whether a block that is about to be sealed is findable already, or two are alike."""
+    new = sealed.digests
     return len(set(new)) < len(new) or manager.index.knows_any(new)
 
 
@@ -254,11 +261,9 @@ def _grow(manager: BlockManager, leap: Leap, steps: int) -> Int32:
     Returns:
         [N] Of each block, which of those steps took it, counted from 1; ascending.
     """
-    if not steps:
-        return NEVER
     batch, size = leap.decision.batch, manager.block_size
     resident, held = leap.resident, manager.table.num_blocks[:, batch.at]
-    fresh = -(-(resident + steps * leap.then) // size) - held
+    fresh = (resident + (steps * leap.then + np.int32(size - 1))) // size - held
     many = fresh.ravel()
     grows = many.nonzero()[0]
     if not len(grows):

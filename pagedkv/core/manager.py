@@ -10,7 +10,7 @@ from pagedkv.core.batch import Batch
 from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, extend_chain
-from pagedkv.core.publisher import Publisher
+from pagedkv.core.publisher import NOTHING_SEALED, Publisher, Sealed
 from pagedkv.core.request import Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import ConfigError
@@ -144,6 +144,13 @@ class BlockManager:
         self.table.append_blocks(batch.rows, fresh, ids[num_copies:])
         return copies
 
+    def grow_one(self, row: int, count: int) -> None:
+        """Give a row that shares no block it writes to the slots for its next ``count`` tokens."""
+        table, rows = self.table, np.array((row,), np.int32)
+        end = -(-(table.num_resident[:, row] + count) // self.block_size)
+        fresh = end - table.num_blocks[:, row]
+        table.append_blocks(rows, fresh[:, None], self.allocate(int(fresh.sum())))
+
     def _needs(self, batch: Batch) -> tuple[Int32, Bool | None]:
         """Return the blocks to append and which tails to copy, None for none: both [groups, B]."""
         table, at, size = self.table, batch.at, self.block_size
@@ -195,28 +202,31 @@ class BlockManager:
             return NO_BLOCKS
         reclaimed = self.pool.num_reclaimed
         ids = self.pool.allocate(count)
-        if reclaimed != self.pool.num_reclaimed:  # blank ones cannot be found
-            withdrawn = self.publisher.withdraw(ids)
+        if reclaimed != self.pool.num_reclaimed:
+            cached = ids[reclaimed - self.pool.num_reclaimed :]  # so findable; blank ones are not
+            self.publisher.withdraw(cached)
             if self.on_reclaim is not None:
-                self.on_reclaim(withdrawn)
+                self.on_reclaim(cached)
         return ids
 
     # After a step
 
-    def advance(self, batch: Batch) -> None:
-        """Count tokens as computed and make the blocks they filled findable."""
+    def advance(self, batch: Batch, sealed: Sealed | None = None) -> None:
+        """Count tokens as computed and make findable what `about_to_fill` said, or says now."""
         table, at, counts = self.table, batch.at, batch.counts
         if len(batch.by_token):
             table.note_tokens(batch.rows[batch.by_token], counts[batch.by_token])
-        before = table.num_computed[at]
-        first, end = before // self.block_size, (before + counts) // self.block_size
+        if sealed is None:
+            sealed = self.about_to_fill(batch)
         table.num_computed[at] += counts
         table.num_resident[:, at] += counts
         table.next_position[at] += counts
-        if self.enable_prefix_caching:
-            sealed = (first != end).nonzero()[0]
-            if len(sealed):
-                self.publisher.seal(batch.rows[sealed], first[sealed], end[sealed])
+        if len(sealed.rows):
+            self.publisher.seal(sealed)
+
+    def about_to_fill(self, batch: Batch) -> Sealed:
+        """Return the blocks that a batch's tokens, which are known, fill and that may be found."""
+        return self.publisher.filled(batch) if self.enable_prefix_caching else NOTHING_SEALED
 
     def fork(self, row: int, children: Int32) -> None:
         """Give rows without blocks the same blocks and progress as ``row``, shared."""
@@ -360,7 +370,8 @@ class BlockManager:
 
     def disown(self, row: int) -> None:
         """Make the blocks that a row holds unfindable: their content is not to be trusted."""
-        self.publisher.withdraw(self.table.blocks_of(row))
+        ids = self.table.blocks_of(row)
+        self.publisher.withdraw(ids[self.index.findable(ids)])
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; blocks that sequences hold stay theirs, and unfindable."""
@@ -370,11 +381,6 @@ class BlockManager:
     def take_events(self) -> list[KVEvent]:
         """Return the events since the last call, oldest first."""
         return self.publisher.take_events()
-
-    @property
-    def records_events(self) -> bool:
-        """Whether events are kept."""
-        return self.publisher.records
 
     def audit(self) -> None:
         """Check pool, table and index, and recount every reference from the tables."""

@@ -1,16 +1,40 @@
 """Making blocks findable once they are computed, and unfindable again; and telling who listens."""
 
+from collections.abc import Sequence as Ids
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.core.arrays import Int32
+from pagedkv.core.batch import Batch
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
 from pagedkv.core.table import SequenceTable
 from pagedkv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, short_hash
 
-__all__ = ["Publisher"]
+__all__ = ["NOTHING_SEALED", "Publisher", "Sealed"]
+
+
+class Sealed(NamedTuple):
+    """The blocks ``first`` to ``end`` of each row's tokens: full now, and not before.
+
+    Attributes:
+        rows: [N] Rows, each at most once.
+        first, end: [N]
+        digests: [(end - first).sum()] Their hashes, row after row.
+        are_new: Whether these are known to be all different, and none findable.
+    """
+
+    rows: Int32
+    first: Int32
+    end: Int32
+    digests: list[bytes]
+    are_new: bool = False
+
+
+NO_ROWS: Int32 = np.empty(0, np.int32)
+NOTHING_SEALED = Sealed(NO_ROWS, NO_ROWS, NO_ROWS, [])
 
 
 class Publisher:
@@ -30,18 +54,21 @@ class Publisher:
         self.records = records
         self._events: list[KVEvent] = []
 
-    def seal(self, rows: Int32, first: Int32, end: Int32) -> None:
-        """Insert the blocks ``first`` to ``end`` of each row's tokens, where they may be found.
+    def filled(self, batch: Batch) -> Sealed:
+        """Return the blocks that the tokens of a batch fill."""
+        before, size = self._table.num_computed[batch.at], self._size
+        first, end = before // size, (before + batch.counts) // size
+        at = (first != end).nonzero()[0]
+        return self._hashed(batch.rows[at], first[at], end[at]) if len(at) else NOTHING_SEALED
 
-        Args:
-            rows: [N] Rows, each at most once.
-            first, end: [N] Blocks that are full now and were not before.
-        """
+    def seal(self, sealed: Sealed) -> None:
+        """Insert blocks whose tokens are computed, where they may be found."""
         table, size = self._table, self._size
+        rows, first, end, digests, are_new = sealed
         may = table.publishable(rows)
         if np.count_nonzero(may) < len(may):
-            rows, first, end = rows[may], first[may], end[may]
-        digests, counts = self.digests(rows, first, end), end - first
+            rows, first, end, digests, _ = self._hashed(rows[may], first[may], end[may])
+        counts = end - first
         row, block = rows, first
         if len(digests) > len(rows):
             row = np.repeat(rows, counts)
@@ -51,7 +78,7 @@ class Publisher:
         gone = (table.num_computed[row] - table.num_resident[:, row]) // size
         groups = np.arange(table.num_groups)[:, None]
         blocks: Int32 = table.block_table[groups, row, block - gone].T
-        fresh = self._index.insert_many(digests, blocks)
+        fresh = self._index.insert_many(digests, blocks, new=are_new)
         if len(fresh) < len(digests):
             self._give_way(row, block - gone, digests, blocks)
         if self._pool.cached.order == "priority":
@@ -79,10 +106,9 @@ class Publisher:
         groups = np.arange(self._table.num_groups)[:, None]
         self._table.block_table[groups, rows[double], index[:, double]] = found[double].T
 
-    def digests(self, rows: Int32, first: Int32, end: Int32) -> list[bytes]:
-        """Return the hashes of the blocks ``first`` to ``end`` of each row, whose tokens are known.
-
-        Their sequences' chains are lengthened by those that they lack.
+    def _hashed(self, rows: Int32, first: Int32, end: Int32) -> Sealed:
+        """Return the blocks ``first`` to ``end`` of each row, [N] each, whose tokens are known, and
+        lengthen their sequences' chains by the hashes that they lack.
         """
         table, size = self._table, self._size
         content, stride = b"", size * table.token_ids.itemsize
@@ -99,7 +125,7 @@ class Publisher:
                 else:
                     extend_chain(hashes, table.token_ids[row], stop, size, seq.request.cache_salt)
             found += hashes[begin:stop]
-        return found
+        return Sealed(rows, first, end, found)
 
     def _content(self, rows: Int32, first: Int32) -> bytes:
         """Return the tokens of a block of each row, one after the other: what decoding fills is
@@ -110,7 +136,7 @@ class Publisher:
             rows[:, None], first[:, None] * size + np.arange(size)
         ].tobytes()
 
-    def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: list[int]) -> None:
+    def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: Ids[int]) -> None:
         ends = np.cumsum(counts).tolist()
         for i, (begin, end) in enumerate(pairwise([0, *ends])):
             new = [int(first[i]) + at - begin for at in fresh if begin <= at < end]
@@ -126,21 +152,14 @@ class Publisher:
             block_size=size,
         )
 
-    def withdraw(self, ids: Int32) -> Int32:
-        """Make blocks unfindable, and those of other groups that hold the same content.
-
-        Returns:
-            Those of ``ids`` that could be found.
-        """
-        found = ids[self._index.findable(ids)]
-        if len(found):
-            if self.records:
-                hashes = [short_hash(digest) for digest in self._index.hashes_of(found)]
-                self._events.append(BlockRemoved(block_hashes=hashes))
-            blocks = self._index.remove(found)
-            if len(blocks) > len(found):  # other groups' as well, which may be cached
-                self._pool.forget(blocks)
-        return found
+    def withdraw(self, ids: Int32) -> None:
+        """Make findable blocks unfindable, and those of other groups that hold the same content."""
+        if self.records and len(ids):
+            hashes = [short_hash(digest) for digest in self._index.hashes_of(ids)]
+            self._events.append(BlockRemoved(block_hashes=hashes))
+        blocks = self._index.remove(ids)
+        if len(blocks) > len(ids):  # other groups' as well, which may be cached
+            self._pool.forget(blocks)
 
     def clear(self) -> None:
         """Make everything unfindable."""

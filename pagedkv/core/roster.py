@@ -17,6 +17,8 @@ from pagedkv.errors import NeverFits
 
 __all__ = ["Roster"]
 
+NOTHING_FORGOTTEN = Certificate(0.0, 0.0, None)
+
 
 class Roster:
     """Moves sequences between waiting, running and finished, with their rows and blocks.
@@ -227,7 +229,10 @@ class Roster:
     ) -> list[FinishedSequence]:
         """Take a sequence, and all that move with it, out of the scheduler."""
         told, sampling = seq.told, seq.request.sampling
-        certificates = [self._retention.certificate(member) for member in told]
+        certificates = [
+            self._retention.certificate(member) if member.policy.evicts else NOTHING_FORGOTTEN
+            for member in told
+        ]
         self._take_out(seq.leader)
         return [
             self._ending(

@@ -201,8 +201,8 @@ class Scheduler:
             budget = self.config.scheduler.max_num_batched_tokens - batch.num_tokens
             rows, counts = self._intake.admit(budget, now)
             if len(rows):
-                rows, counts = np.append(batch.rows, rows), np.append(batch.counts, counts)
-                batch = Batch(self.table, rows, counts)
+                rows = np.concatenate((batch.rows, rows))
+                batch = Batch(self.table, rows, np.concatenate((batch.counts, counts)))
         else:
             self.admission.preempted()
         # A plan without tokens is not carried out, and must not take the moves with it.

@@ -126,6 +126,7 @@ class SequenceTable:
         }
         self.penalised: Bool = np.zeros(rows, np.bool_)
         self.sequences: list[Sequence | None] = [None] * rows
+        self.num_free_rows = rows
         self.running: Int32 = np.zeros(0, np.int32)
         self.runs: Bool = np.zeros(rows, np.bool_)
 
@@ -133,11 +134,6 @@ class SequenceTable:
     def free_rows(self) -> Int32:
         """Rows that no running or reserved sequence holds, lowest first."""
         return np.flatnonzero(self.seq_id == FREE).astype(np.int32)
-
-    @property
-    def num_free_rows(self) -> int:
-        """How many rows are free."""
-        return self.num_rows - int(np.count_nonzero(self.seq_id != FREE))
 
     def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
         """Write a sequence's facts into a row: its tokens, limits and sampling columns.
@@ -176,7 +172,7 @@ class SequenceTable:
             if name not in ("seed", "num_logprobs"):
                 column[row] = getattr(params, name)
         self.sampling["seed"][row] = seq.seed
-        self.penalised[row] = any(self.sampling[name][row] != at for name, at in NO_PENALTY.items())
+        self.penalised[row] = any(getattr(params, name) != at for name, at in NO_PENALTY.items())
         reported = 0 if params.ranks and params.logprobs is None else params.logprobs
         reported = params.num_candidates(len(stop_ids)) or reported
         self.sampling["num_logprobs"][row] = -1 if reported is None else reported
@@ -185,6 +181,7 @@ class SequenceTable:
         self.prompt_logprobs[row] = -1 if wanted is None else wanted
         self.num_scored[row] = seq.num_scored
         self.sequences[row] = seq
+        self.num_free_rows -= 1
 
     def _bind_stops(self, row: int, stop_ids: list[int]) -> None:
         short = len(stop_ids) - self.stop_ids.shape[1]
@@ -195,7 +192,7 @@ class SequenceTable:
 
     def start(self, row: int) -> None:
         """Append a bound row to the order of running."""
-        self.running = np.append(self.running, np.int32(row))
+        self.running = np.concatenate((self.running, np.array((row,), np.int32)))
         self.runs[row] = True
 
     def publishable(self, rows: Int32) -> Bool:
@@ -204,18 +201,19 @@ class SequenceTable:
         Only if every token before it was resident when it was computed, and none of it is from
         before the cache was reset.
         """
-        may: Bool = self.publishes[rows] & (self.num_evicted[rows] == 0)
-        return may
+        may: Bool = self.publishes[rows]
+        return may & (self.num_evicted[rows] == 0) if self.keeps_scores else may
 
     def release(self, rows: Int32) -> None:
         """Free rows; their blocks must have been released before."""
-        self.seq_id[rows] = FREE
-        self.num_blocks[:, rows] = 0
-        self.block_table[:, rows] = 0
-        self.num_resident[:, rows] = 0
-        for row in rows.tolist():
+        for row in rows.tolist():  # one at a time, for slices of a row cost a tenth of a scatter
+            self.seq_id[row] = FREE
+            self.num_blocks[:, row] = 0
+            self.block_table[:, row] = 0
+            self.num_resident[:, row] = 0
             self.sequences[row] = None
-        self.runs[rows] = False
+            self.runs[row] = False
+        self.num_free_rows += len(rows)
         self.running = self.running[self.runs[self.running]]
 
     def reserve_tokens(self, width: int) -> None:
@@ -258,29 +256,30 @@ class SequenceTable:
         index = self.num_blocks.ravel()[table]
         if len(ids) > len(table):  # some gain more than one
             many = counts.ravel()[where]
-            first = np.repeat(np.cumsum(many) - many, many)
+            begin = np.repeat(np.cumsum(many) - many, many)
             row, table = np.repeat(row, many), np.repeat(table, many)
-            index = np.repeat(index, many) + (np.arange(len(ids)) - first).astype(np.int32)
+            index = np.repeat(index, many) + (np.arange(len(ids)) - begin).astype(np.int32)
         self.reserve_blocks(int(index.max()) + 1)
         entry = table * self.block_table.shape[2] + index
         self.block_table.reshape(-1)[entry] = ids
         # Of a table that gains several, the last stands.
         self.num_blocks.reshape(-1)[table] = index + 1
         ahead = index * self.block_size - self.num_resident.ravel()[table]
-        self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
-        self.rotation.reshape(-1)[entry] = self.next_position[row] + ahead
-        if self.keeps_scores:
+        self.first_position.reshape(-1)[entry] = first = self.num_computed[row] + ahead
+        self.rotation.reshape(-1)[entry] = first
+        if self.keeps_scores:  # positions may have started over
+            self.rotation.reshape(-1)[entry] = self.next_position[row] + ahead
             for name in SCORE_COLUMNS:
                 getattr(self, name).reshape(-1)[entry] = 0
 
     def _append_run(self, row: int, ids: Int32) -> None:
         """Append blocks to a row's only table, none of which has scores."""
         size, first = self.block_size, int(self.num_blocks[0, row])
-        end = first + len(ids)
+        end, resident = first + len(ids), int(self.num_resident[0, row])
         self.reserve_blocks(end)
         self.block_table[0, row, first:end] = ids
         self.num_blocks[0, row] = end
-        ahead = np.arange(first * size, end * size, size) - self.num_resident[0, row]
+        ahead = np.arange(first * size - resident, end * size - resident, size, np.int32)
         self.first_position[0, row, first:end] = ahead + self.num_computed[row]
         self.rotation[0, row, first:end] = ahead + self.next_position[row]
 
@@ -391,6 +390,7 @@ class SequenceTable:
         unused = np.arange(self.block_table.shape[2]) >= self.num_blocks[:, :, None]
         assert not (self.block_table * unused).any(), "an entry that is not in use names a block"
         free = self.seq_id == FREE
+        assert self.num_free_rows == free.sum(), "free rows are miscounted"
         assert (self.num_blocks[:, free] == 0).all(), "a free row holds blocks"
         assert all((s is None) == f for s, f in zip(self.sequences, free, strict=True)), (
             "a row and its sequence disagree"

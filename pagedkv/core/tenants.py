@@ -104,7 +104,7 @@ class Tenants:
                 self.served += tokens * len(tenants)
                 return
             tokens = np.full(len(tenants), tokens, np.int32)
-        if len(self.served) == 1:
+        elif len(self.served) == 1:
             self.served += int(tokens.sum())
             return
         self.served += np.bincount(tenants, tokens, minlength=len(self.served)).astype(np.int64)

@@ -78,6 +78,15 @@ def lane_tokens(lanes: Int64 | tuple[int, int], offsets: Int64 | Int32) -> Int32
     return tokens
 
 
+def _from_start(stream: int, length: int) -> Int32:
+    """Return a stream's first tokens: [length]. What wraps around 32 bits is above the lane."""
+    tokens = np.arange(length, dtype=np.uint32) * np.uint32(_STEP)
+    for first, lane in enumerate(_lanes(stream)):
+        tokens[first::2] += np.uint32(lane)
+    tokens &= np.uint32(_LANE)
+    return tokens.view(np.int32)
+
+
 class Content(Struct, frozen=True, eq=False):
     """A text as pieces of streams, or as the exact tokens where a trace has them.
 
@@ -101,7 +110,7 @@ class Content(Struct, frozen=True, eq=False):
         if self.exact is not None:
             return self.exact
         if len(self.streams) == 1 and self.starts is None:
-            return lane_tokens(_lanes(int(self.streams[0])), np.arange(self.lengths[0]))
+            return _from_start(int(self.streams[0]), int(self.lengths[0]))
         lanes = stream_lanes(self.streams)
         before = np.cumsum(self.lengths) - self.lengths
         shift = before if self.starts is None else before - self.starts

@@ -192,11 +192,9 @@ def step_work(plan: StepPlan, block_size: int) -> StepWork:
     )
 
 
-def leap_work(leap: Leap, block_size: int) -> tuple[StepWork, StepWork | None]:
-    """Return the work of a leap's first step, and of those after it, if any; to the bit what
-    `step_work` says of their plans.
-
-    Of the steps after the first, context and pairs are arrays: [steps - 1].
+def leap_work(leap: Leap, block_size: int) -> StepWork:
+    """Return the work of a leap's steps, [steps] each; to the bit what `step_work` says of their
+    plans.
     """
     # Sums of integers and halves of them, which float64 holds exactly in any order.
     batch, resident = leap.decision.batch, leap.resident
@@ -207,30 +205,20 @@ def leap_work(leap: Leap, block_size: int) -> tuple[StepWork, StepWork | None]:
     if not batch.decodes:
         counts = batch.counts.astype(np.int64)
         pairs = int((resident @ counts).sum()) - groups * int(counts @ counts) / 2
-    first = StepWork(
-        num_tokens=batch.num_tokens,
-        context_tokens=context / groups,
-        attention_pairs=pairs / groups,
-        copied_tokens=(len(copies) * block_size + len(moves)) / groups,
-        swapped_tokens=(len(swaps[0]) + len(swaps[1])) * block_size / groups,
+    chunk = leap.more - rows + 1  # what the last row computes later; 1 if it draws like the others
+    base = context + (chunk - 1) * int(leap.resident[:, -1].sum()) if chunk > 1 else context
+    step: Float64 = np.arange(leap.steps, dtype=np.float64)
+    work = StepWork(
+        num_tokens=np.full(leap.steps, leap.more),
+        context_tokens=(step * (groups * leap.more) + context) / groups,
+        attention_pairs=((step - 0.5) * (groups * (rows - 1 + chunk * chunk)) + base) / groups,
+        copied_tokens=_at_first((len(copies) * block_size + len(moves)) / groups, step),
+        swapped_tokens=_at_first((len(swaps[0]) + len(swaps[1])) * block_size / groups, step),
     )
-    return first, _repeated(leap, context) if leap.steps > 1 else None
+    work.num_tokens[0], work.attention_pairs[0] = batch.num_tokens, pairs / groups
+    return work
 
 
-def _repeated(leap: Leap, context: int) -> StepWork:
-    """Return the work of the steps after the first.
-
-    Args:
-        context: Resident tokens after the first step, over all groups.
-    """
-    groups, rows, more = len(leap.resident), len(leap.then), leap.more
-    repeat: Float64 = np.arange(leap.steps - 1, dtype=np.float64)
-    chunk = more - rows + 1  # what the last row computes; 1 if it draws like the others
-    base = context
-    if chunk > 1:
-        base += (chunk - 1) * int(leap.resident[:, -1].sum())
-    return StepWork(
-        num_tokens=more,
-        context_tokens=(repeat * (groups * more) + (context + groups * more)) / groups,
-        attention_pairs=((repeat + 0.5) * (groups * (rows - 1 + chunk * chunk)) + base) / groups,
-    )
+def _at_first(tokens: float, step: Float64) -> Any:
+    """Return what only the first step moves, as 0 if that is nothing."""
+    return tokens * (step == 0) if tokens else 0.0

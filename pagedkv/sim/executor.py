@@ -75,11 +75,7 @@ class CostExecutor:
 
     def leap_seconds(self, leap: Leap) -> Float64:
         """Return how long each step of a leap takes: [steps]."""
-        first, repeated = leap_work(leap, self._block_size)
-        seconds: Float64 = np.empty(leap.steps)
-        seconds[0] = self.cost.seconds(first)
-        if repeated is not None:
-            seconds[1:] = self.cost.seconds(repeated)
+        seconds: Float64 = self.cost.seconds(leap_work(leap, self._block_size))
         return seconds
 
     def leap_tokens(self, table: SequenceTable, leap: Leap, num_steps: int) -> Int32:

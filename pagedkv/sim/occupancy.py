@@ -135,7 +135,6 @@ class Occupancy:
             pool: As it was during the first step.
             ends, seconds: [K] When each step ended, and how long it took.
         """
-        assert leap.taken_at is not None
         batch = leap.decision.batch
         entries, wasted = self._in_use(batch.num_tokens, len(leap.taken_at))
         self._stretches.append(

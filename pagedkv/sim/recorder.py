@@ -124,7 +124,7 @@ class Recorder:
 
     def step(self, output: StepOutput, end: float, seconds: float) -> None:
         """Take in a committed step that ended at ``end``."""
-        self._draw(output.rows, output.seq_ids, end)
+        self._draw(output.rows, output.seq_ids, end, end)
         self.occupancy.step(end, seconds, len(output.rows))
         self.end(output.finished, end)
 
@@ -154,8 +154,12 @@ class Recorder:
             self._planned[row] = self._drew[row] = -1
             life.queued, life.row = now, -1
 
-    def _draw(self, rows: Int32 | Int64, seq_ids: Int64, end: float) -> None:
-        """Note who drew a token in a step, [S] rows and sequences, and the gaps since the last."""
+    def _draw(self, rows: Int32 | Int64, seq_ids: Int64, end: float, last: float) -> None:
+        """Note who drew a token in a step, [S] rows and sequences, and the gaps since the last one.
+
+        Args:
+            last: When they draw for the last time before they are looked at again.
+        """
         if self.detail is not None:
             self.detail.draw(seq_ids, np.array([end]))
         fresh = self._drew[rows] != seq_ids
@@ -171,7 +175,7 @@ class Recorder:
             self.latency["itl"].add(end - self._last[rows[~fresh]])
         else:
             self.latency["itl"].add(end - self._last[rows])
-        self._last[rows] = end
+        self._last[rows] = last
 
     def _finish(self, ended: FinishedSequence, now: float) -> None:
         life = self._lives.pop(ended.seq_id)
@@ -217,10 +221,9 @@ class Recorder:
         self.begin(batch.rows, batch.seq_ids, begin)
         all_draw = len(drawing) == len(batch.rows)
         seq_ids = batch.seq_ids if all_draw else self._scheduler.table.seq_id[drawing]
-        self._draw(drawing, seq_ids, float(ends[0]))
+        self._draw(drawing, seq_ids, float(ends[0]), float(ends[-1]))
         if leap.steps > 1:
             self.latency["itl"].add(ends[1:] - ends[:-1], len(drawing))
-            self._last[drawing] = ends[-1]
             if self.detail is not None:
                 self.detail.draw(seq_ids, ends[1:])
         self.occupancy.leap(leap, pool, ends, seconds)

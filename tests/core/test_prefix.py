@@ -36,8 +36,8 @@ class IndexTwins(RuleBasedStateMachine):
     def entry_of(self, block):
         return next((d for d, blocks in self.entries.items() if block in blocks), None)
 
-    @rule(digest=digests, many=st.booleans())
-    def insert(self, digest, many):
+    @rule(digest=digests, many=st.booleans(), checked=st.booleans())
+    def insert(self, digest, many, checked):
         used = {block for blocks in self.entries.values() for block in blocks}
         spare = [b for b in range(self.num_blocks) if b not in used]
         for i in range(80 if many else 1):
@@ -45,7 +45,10 @@ class IndexTwins(RuleBasedStateMachine):
             key = (int.from_bytes(digest, order) + i).to_bytes(16, order)
             blocks, spare = spare[: self.num_groups], spare[self.num_groups :]
             if len(blocks) == self.num_groups:
-                assert self.index.insert(key, ids(*blocks)) == (key not in self.entries)
+                if checked and not self.index.knows_any([key]):
+                    assert self.index.insert_many([key], ids(blocks), new=True) == [0]
+                else:
+                    assert self.index.insert(key, ids(*blocks)) == (key not in self.entries)
                 self.entries.setdefault(key, blocks)
 
     @precondition(lambda self: self.entries)
