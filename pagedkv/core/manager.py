@@ -268,20 +268,18 @@ class BlockManager:
         blocks: Int32 = ids.transpose(order)[:, ::-1][used.transpose(order)[:, ::-1]]
         return blocks
 
-    def drop(self, rows: Int32, keep: Bool) -> Int32:
+    def drop(self, rows: Int32, gone: Bool) -> Int32:
         """Take table entries from running rows; blocks that others share stay theirs.
 
         Args:
-            rows: [B] Rows, each at most once.
-            keep: [groups, B, width] Which entries stay; only whole blocks may go.
+            rows: [B] Rows, each at most once; all of them rotate, or none does.
+            gone: [groups, B, width] Which entries go: in use, and full.
 
         Returns:
             [groups, B] Blocks that each table lost.
         """
-        before = self.table.num_blocks[:, rows]
-        ids = self.table.keep_blocks(rows, keep)
+        ids, lost = self.table.drop_blocks(rows, gone)
         self.pool.release(ids, self.index.findable(ids))
-        lost: Int32 = before - self.table.num_blocks[:, rows]
         self.table.num_resident[:, rows] -= lost * self.block_size
         return lost
 

@@ -1,8 +1,17 @@
-"""Where keys stand once blocks before them are gone: rotations, and the turns that undo them."""
+"""Where keys stand once blocks before them are gone, and the turns that make up for it.
+
+A key is rotated to a position when it is written, and never again. A query at resident index n
+with position w sees a block whose first key has index c and position r at distance n - c; the
+rotations alone give w - r. Turning the query by the difference, n - c - (w - r), is exact and
+leaves keys alone (relative rotary positions, Su et al. 2021).
+
+That turn is 0 for a block just taken, and every token that is written moves n and w alike. So it
+changes only when blocks go, or when positions start over, and the table keeps it.
+"""
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, alike
+from pagedkv.core.arrays import Int32
 from pagedkv.core.batch import Batch
 
 __all__ = ["place", "turns"]
@@ -20,28 +29,27 @@ def place(batch: Batch) -> None:
         return
     table = batch.table
     at = batch.rows[batch.rotates & (table.num_computed[batch.at] % table.block_size == 0)]
-    resident = table.num_resident[:, at].max(axis=0, initial=0)
+    if not len(at):
+        return
+    resident = table.num_resident[:, at].max(axis=0)
     far = table.next_position[at] >= 2 * resident
-    table.next_position[at[far]] = resident[far]
+    at, resident = at[far], resident[far]
+    if len(at):
+        back = table.next_position[at] - resident
+        used = np.arange(table.turn.shape[2]) < table.num_blocks[:, at, None]
+        table.turn[:, at] += back[:, None] * used
+        table.next_position[at] = resident
 
 
 def turns(batch: Batch, width: int) -> Int32 | None:
     """Return by how many positions each block's queries must be turned: [groups, B, width].
 
-    A query at resident index n with position w sees a block whose first key has index c and
-    position r at distance n - c; the rotation alone gives w - r. Turning the query by the
-    difference is exact and leaves keys alone (relative rotary positions, Su et al. 2021).
     None if every turn is 0.
     """
-    table, at = batch.table, batch.at
     # Blocks turn once a gap has closed before them, never sooner.
+    table, at = batch.table, batch.at
     if batch.rotates is None or not (batch.rotates & (table.num_evicted[at] > 0)).any():
         return None
-    index = np.arange(width, dtype=np.int32)
-    last = alike(np.where(batch.rotates, table.num_blocks[:, at], 0))
-    query = alike(table.num_resident[:, at] - table.next_position[at])
-    # In place: fresh pages cost more than the arithmetic.
-    ahead = query[:, :, None] - index * np.int32(table.block_size)
-    turned: Int32 = table.rotation[:, at, :width] + ahead
-    turned *= index < last[:, :, None]
-    return turned if turned.any() else None
+    turned = table.turn[:, at, :width]
+    # The first block mostly tells: it turns for whatever goes after it.
+    return turned.copy() if turned[:, :, :1].any() or turned.any() else None

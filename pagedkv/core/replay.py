@@ -1,32 +1,46 @@
 """A preempted sequence forgets the same things again: rounds of eviction, logged and repeated."""
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
-from pagedkv.core.table import SequenceTable
+from pagedkv.core.table import SCORE_COLUMNS, SequenceTable
 from pagedkv.core.tokens import TokenColumns
 
 __all__ = ["log_round", "next_logged", "replay_round", "restore_scores", "save_scores"]
 
-SCORE_COLUMNS = ("score", "weight", "mass")
+FIRST_BITS = np.packbits(np.tri(9, 8, -1, np.uint8), axis=1).ravel()
+"""[9] Bytes of which so many bits are set, from the first on."""
 
 
-def log_round(table: SequenceTable, rows: Int32, keep: Bool, in_use: Int32) -> None:
+def log_round(table: SequenceTable, rows: Int32, gone: Bool, in_use: Int32) -> None:
     """Record a round in the logs of the rows that hold it for the first time.
 
     Args:
         rows: [B]
-        keep: [groups, B, width] Which entries of their tables stay.
+        gone: [groups, B, width] Which entries of their tables go.
         in_use: [groups, B] How many entries each table has.
     """
-    for i, row in enumerate(rows.tolist()):
-        seq = table.sequences[row]
+    new = (table.num_computed[rows] > table.replay_until[rows]).nonzero()[0]
+    widths = in_use.max(axis=0)
+    bits = _packed(gone, in_use)
+    for i in new.tolist():  # for the others it is the log that is carried out
+        seq = table.sequences[rows[i]]
         assert seq is not None
-        computed = int(table.num_computed[row])
-        if computed > table.replay_until[row]:  # else it is the log that is carried out
-            held = Eviction.of(keep[:, i, : in_use[:, i].max()])
-            seq.evictions[computed] = held.after(seq.evictions.get(computed))
+        computed, width = int(table.num_computed[rows[i]]), int(widths[i])
+        held = Eviction(bits[:, i, : -(-width // 8)].copy(), width)
+        seq.evictions[computed] = held.after(seq.evictions.get(computed))
+
+
+def _packed(gone: Bool, in_use: Int32) -> npt.NDArray[np.uint8]:
+    """Return which entries stay, as `Eviction` has them: [groups, B, ceil(width / 8)]."""
+    size = -(-gone.shape[2] // 8)
+    bits = FIRST_BITS.take(np.clip(in_use[:, :, None] - np.arange(0, 8 * size, 8), 0, 8))
+    table, entry = np.divmod(gone.ravel().nonzero()[0], gone.shape[2])
+    lost = (128 >> (entry % 8)).astype(np.uint8)
+    np.bitwise_xor.at(bits.reshape(-1), table * size + entry // 8, lost)
+    return bits
 
 
 def next_logged(table: SequenceTable, row: int) -> int:
@@ -52,7 +66,11 @@ def save_scores(
     """Return what is known of a row's first ``width`` entries, and what it has forgotten."""
     return SavedScores(
         int(table.num_computed[row]),
-        [getattr(entries, name)[:, row, :width].copy() for name in SCORE_COLUMNS],
+        {
+            name: getattr(entries, name)[:, row, :width].copy()
+            for name in entries.kept_columns
+            if name in SCORE_COLUMNS
+        },
         int(table.num_evicted[row]),
         float(table.forfeited[row]),
         float(table.left_out[row]),
@@ -64,7 +82,7 @@ def restore_scores(
 ) -> None:
     """Give a sequence that has just finished replaying the scores it had."""
     assert seq.saved is not None
-    for name, column in zip(SCORE_COLUMNS, seq.saved.columns, strict=True):
+    for name, column in seq.saved.columns.items():
         getattr(entries, name)[:, seq.row, : column.shape[1]] = column
     table.forfeited[seq.row] = seq.saved.forfeited
     table.left_out[seq.row] = seq.saved.left_out

@@ -200,14 +200,14 @@ class SavedScores(NamedTuple):
 
     Attributes:
         computed: Its computed tokens.
-        columns: [groups, blocks or tokens] per column of scores.
+        columns: [groups, blocks or tokens] per column of scores, by name.
         num_evicted: Tokens it had forgotten, summed over groups.
         forfeited: The mass they had, summed over groups.
         left_out: Their leave-one-out error, summed over groups.
     """
 
     computed: int
-    columns: list[Float32]
+    columns: dict[str, Float32]
     num_evicted: int
     forfeited: float
     left_out: float

@@ -4,35 +4,35 @@ The eviction plane says what a policy is; this says when it looks, what it is to
 record that lets a preempted sequence forget the same things again.
 """
 
-from typing import Any
-
 import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Bool, Float32, Int32, alike, at_rows
+from pagedkv.core.arrays import Bool, Float32, Int32, at_rows
 from pagedkv.core.batch import Batch
+from pagedkv.core.entries import Entries
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
 from pagedkv.core.replay import log_round, next_logged, replay_round, restore_scores, save_scores
 from pagedkv.core.request import Certificate, Sequence
-from pagedkv.core.table import SequenceTable
-from pagedkv.core.tokens import TokenColumns
+from pagedkv.core.table import ENTRY_COLUMNS
 from pagedkv.eviction import (
     UNOBSERVED,
     Policy,
     View,
     check,
+    condemn,
     may_evict,
     observe_from,
-    observing_queries,
     policy,
     rank,
-    select,
     update,
 )
 
-__all__ = ["Retention"]
+__all__ = ["Heard", "Retention"]
+
+Heard = tuple[Int32, Float32]
+"""Rows, [B], and the attention mass of a step's last token on their entries: [groups, B, width]."""
 
 
 class Retention:
@@ -48,6 +48,7 @@ class Retention:
         self.manager = self._manager = manager
         self.table = self._table = manager.table
         self._policies: list[Policy] = []
+        self.entries = Entries(config, layout, manager)
         self.windows: Int32 = np.array(layout.windows, np.int32)
         self._slides = bool(self.windows.any())
         self._usual = self.resolve(config.cache.eviction)
@@ -78,11 +79,23 @@ class Retention:
         table.policy_id[row] = -1
         if evicts:
             table.policy_id[row] = self._policy_id(seq.policy)
+            self._keep_columns(seq.policy)
         table.rotates[row] = evicts and seq.policy.positions == "cache"
         self.resume(seq)
         table.by_token[row] = evicts and seq.policy.unit == "token"
         if table.by_token[row]:
             table.tokens.clear(np.array([row], np.int32))
+
+    def _keep_columns(self, chosen: Policy) -> None:
+        """Let the table keep what a policy will read of blocks."""
+        wanted = {*self._table.kept_columns}
+        if chosen.positions == "cache":
+            wanted.add("turn")
+        if chosen.unit == "block" and chosen.scorer().observe != "none":
+            wanted |= {"score"} if chosen.scorer().counts else {"score", "weight"}
+        if chosen.shrinks:
+            wanted.add("mass")
+        self._table.kept_columns = tuple(each for each in ENTRY_COLUMNS if each in wanted)
 
     def resume(self, seq: Sequence) -> None:
         """Let a row replay what its sequence had forgotten when it was preempted."""
@@ -96,27 +109,6 @@ class Retention:
         place = next(i for i in range(len(self._policies) + 1) if i not in used)
         self._policies[place : place + 1] = [policy]
         return place
-
-    # Blocks or tokens
-
-    def _entries(self, chosen: Policy) -> "SequenceTable | TokenColumns":
-        """Return who keeps what a policy knows of the entries that it ranks."""
-        return self._table.tokens if chosen.unit == "token" else self._table
-
-    def _entry_size(self, chosen: Policy) -> int:
-        return 1 if chosen.unit == "token" else self._table.block_size
-
-    def _in_use(self, chosen: Policy, rows: Int32) -> Int32:
-        """Return how many entries each table has: [groups, B]."""
-        table = self._table
-        counts = table.num_resident if chosen.unit == "token" else table.num_blocks
-        in_use: Int32 = counts[:, rows]
-        return in_use
-
-    def _width(self, chosen: Policy, rows: Int32) -> int:
-        """Return how many entries the widest table has room for."""
-        blocks = int(self._table.num_blocks[:, rows].max(initial=1))
-        return blocks * self._table.block_size // self._entry_size(chosen)
 
     # While a step is planned
 
@@ -148,9 +140,9 @@ class Retention:
             if len(live):
                 entries = width
                 if chosen.unit == "token":
-                    entries = self._width(chosen, rows[live])
+                    entries = self.entries.width(chosen, rows[live])
                     self._table.reserve_slots(entries)
-                view = self.view(chosen, rows[live], width=entries, groups=1, scores=False)
+                view = self.entries.view(chosen, rows[live], groups=1, entries=False)
                 wanted.append(
                     Observation(
                         unit=chosen.unit,
@@ -165,50 +157,55 @@ class Retention:
 
     # After a step
 
-    def observe(self, plan: StepPlan, result: StepResult, alive: Bool) -> None:
+    def observe(self, plan: StepPlan, result: StepResult, alive: Bool) -> dict[int, Heard]:
         """Let the scores of running sequences take in what a step observed.
 
         Call it before the step's tokens are counted as computed.
 
         Args:
             alive: [B] Which of the plan's sequences still run.
+
+        Returns:
+            Their masses, for `evict`, by number of their policy.
         """
+        heard: dict[int, Heard] = {}
         for wanted, observed in zip(plan.observations, result.observed, strict=True):
             live = np.flatnonzero(alive[wanted.members]).astype(np.int32)
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
             if not len(rows):
                 continue
             counts = plan.query_start[members + 1] - plan.query_start[members]
-            chosen = self._policies[int(self._table.policy_id[rows[0]])]
+            number = int(self._table.policy_id[rows[0]])
+            chosen = self._policies[number]
             if chosen.scorer().observe != "none":
                 self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
-            mass = observed.mass[:, at_rows(live)]
-            self._entries(chosen).mass[:, at_rows(rows), : mass.shape[2]] = mass
+            heard[number] = rows, observed.mass[:, at_rows(live)]
+            if chosen.shrinks:  # may be asked for between two steps
+                self._table.mass[:, at_rows(rows), : wanted.width] = heard[number][1]
+        return heard
 
     def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
         """Let the scores of rows of one policy take in [groups, B, width] observed values."""
-        table, entries, at = self._table, self._entries(chosen), at_rows(rows)
+        table, entries, at = self._table, self.entries.owner(chosen), at_rows(rows)
         width = values.shape[2]
-        if chosen.scorer().additive:
-            # Where all groups hold as many tokens, the same queries saw their entries.
-            groups = len(alike(table.num_resident[:, at]))
-            view = self.view(chosen, rows, width=width, groups=groups, scores=False)
-            seen = observing_queries(chosen, view, np.tile(counts, groups))
+        if chosen.scorer().counts:
             entries.score[:, at, :width] += values
-            entries.weight[:, at, :width] += seen.reshape(groups, len(rows), width)
             return
-        view, flat = self.view(chosen, rows, width=width), values.reshape(-1, width)
+        view, flat = self.entries.view(chosen, rows, width=width), values.reshape(-1, width)
         score, weight = update(chosen, view, np.tile(counts, table.num_groups), flat)
         entries.score[:, at, :width] = score.reshape(values.shape)
         entries.weight[:, at, :width] = weight.reshape(values.shape)
 
-    def evict(self, batch: Batch) -> Int32:
+    def evict(self, batch: Batch, heard: dict[int, Heard]) -> Int32:
         """Let windows slide, then hold the rounds that are due and take what they decide.
 
         What a window hides goes first, and for nothing: a round must not give up visible blocks
         in its place, nor depend on how many steps the sliding took.
 
         Call it after the step's tokens were counted as computed.
+
+        Args:
+            heard: What `observe` returned of the step.
 
         Returns:
             Rows that cannot go on, because the pool has no blocks to pack their tokens into. What
@@ -218,18 +215,19 @@ class Retention:
         stuck = [rows[:0]]
         if self._slides:
             self._slide(rows)
-        for chosen, at in self._by_policy(batch):
+        for number, at in batch.policies:
+            chosen = self._policies[number]
             cadence = chosen.cadence(self._manager.block_size)
             computed, prompt = self._table.num_computed[rows[at]], self._table.num_prompt[rows[at]]
             due = rows[at[cadence.is_round(computed, prompt)]]
             if len(due):
-                stuck.append(self._round(chosen, due))
+                stuck.append(self._round(chosen, due, heard.get(number)))
             if chosen.adaptive is not None:
                 self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
             self._restore(rows[at])
         return np.concatenate(stuck) if len(stuck) > 1 else stuck[0]
 
-    def _round(self, chosen: Policy, rows: Int32) -> Int32:
+    def _round(self, chosen: Policy, rows: Int32, heard: Heard | None) -> Int32:
         """Hold one round for rows of one policy, or hold it again if it was held before.
 
         Layers with a sliding window take no part: what it hides goes anyway, and a gap within it
@@ -240,50 +238,71 @@ class Retention:
         """
         table = self._table
         replays = table.num_computed[rows] <= table.replay_until[rows]
-        if not replays.any() and not may_evict(chosen, self.view(chosen, rows, scores=False)):
+        facts = self.entries.view(chosen, rows, entries=False)
+        if not replays.any() and not may_evict(chosen, facts):
             return rows[:0]
-        view = self.view(chosen, rows)
-        keep = select(chosen, view).reshape(table.num_groups, len(rows), -1)
-        keep[self.windows > 0] = True
-        in_use = self._in_use(chosen, rows)
+        view = self.entries.view(chosen, rows)
+        gone = condemn(chosen, view).reshape(table.num_groups, len(rows), -1)
+        if self._slides:
+            gone[self.windows > 0] = False
         for i in np.flatnonzero(replays).tolist():
-            replay_round(table, int(rows[i]), keep[:, i], in_use[:, i])
-        gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
+            gone[:, i] = self._logged(chosen, rows[i : i + 1], gone.shape[2])
         if not gone.any():
             return rows[:0]
-        return self.forget(chosen, view, rows, gone)
+        return self.forget(chosen, view, rows, np.ascontiguousarray(gone), heard)
 
-    def forget(self, chosen: Policy, view: View, rows: Int32, gone: Bool) -> Int32:
+    def _logged(self, chosen: Policy, row: Int32, width: int) -> Bool:
+        """Return what a row, [1], forgot at this point before: [groups, width]."""
+        in_use = self.entries.in_use(chosen, row)[:, 0]
+        keep = np.ones((len(in_use), width), np.bool_)
+        replay_round(self._table, int(row[0]), keep, in_use)
+        gone: Bool = (np.arange(width) < in_use[:, None]) & ~keep
+        return gone
+
+    def forget(
+        self, chosen: Policy, view: View, rows: Int32, gone: Bool, heard: Heard | None
+    ) -> Int32:
         """Drop entries of rows of one policy for good, and log it.
 
         Args:
             view: Of those rows.
             gone: [groups, B, width] Which entries go.
+            heard: What is known of the mass of entries; None if they go a second time.
 
         Returns:
             The rows that `BlockManager.compact` could not serve.
         """
         table, losing = self._table, gone.any(axis=(0, 2))
-        self._certify(chosen, view, rows, gone)
-        rows, in_use = rows[losing], self._in_use(chosen, rows[losing])
-        keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~gone[:, losing]
-        log_round(table, rows, keep, in_use)
+        self._certify(chosen, view, rows, gone, heard)
+        if not losing.all():
+            rows, gone = rows[losing], gone[:, losing]
+        in_use = self.entries.in_use(chosen, rows)
+        log_round(table, rows, gone, in_use)
         if chosen.unit == "token":
+            keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~gone
             lost, stuck = self._manager.compact(rows, keep)
         else:
-            lost, stuck = self._manager.drop(rows, keep) * table.block_size, rows[:0]
+            lost, stuck = self._manager.drop(rows, gone) * table.block_size, rows[:0]
         table.num_evicted[rows] += lost.sum(axis=0)
         return stuck
 
-    def _certify(self, chosen: Policy, view: View, rows: Int32, gone: Bool) -> None:
+    def _certify(
+        self, chosen: Policy, view: View, rows: Int32, gone: Bool, heard: Heard | None
+    ) -> None:
         """Add up what goes: [groups, B, width]."""
-        table, width = self._table, gone.shape[2]
-        mass = self._entries(chosen).mass[:, rows, :width]
-        table.forfeited[rows] += np.where(gone, mass, 0).sum(axis=(0, 2), dtype=np.float64)
+        table = self._table
+        group, member, entry = np.unravel_index(gone.ravel().nonzero()[0], gone.shape)
+        if heard is not None:
+            place = np.full(table.num_rows, -1)
+            place[heard[0]] = np.arange(len(heard[0]))
+            at = place[rows][member]
+            known = at >= 0  # those that replay were not observed
+            mass = heard[1][group[known], at[known], entry[known]]
+            table.forfeited[rows] += np.bincount(member[known], mass, len(rows))
         if chosen.scores_errors:
-            errors = rank(chosen, view).reshape(gone.shape)
-            heard = gone & (errors != np.float32(UNOBSERVED))
-            table.left_out[rows] += np.where(heard, errors, 0).sum(axis=(0, 2), dtype=np.float64)
+            errors = rank(chosen, view).reshape(gone.shape)[group, member, entry]
+            errors[errors == np.float32(UNOBSERVED)] = 0
+            table.left_out[rows] += np.bincount(member, errors, len(rows))
 
     def _slide(self, rows: Int32) -> None:
         """Drop the blocks that no later query of a sliding-window layer can see: no loss."""
@@ -294,46 +313,7 @@ class Retention:
         sliding = np.flatnonzero(blind.any(axis=0))
         if len(sliding):
             width = int(table.num_blocks[:, rows[sliding]].max())
-            self._manager.drop(rows[sliding], np.arange(width) >= blind[:, sliding, None])
-
-    def view(
-        self,
-        chosen: Policy,
-        rows: Int32,
-        *,
-        width: int | None = None,
-        groups: int | None = None,
-        scores: bool = True,
-    ) -> View:
-        """Return the eviction plane's view of some rows' tables.
-
-        Args:
-            width: Entries per table; if omitted, what the widest table has room for.
-            groups: The first so many alone; if omitted, all.
-            scores: Whether to gather what is known of entries; if not, zeros stand there.
-        """
-        table, layout, entries = self._table, self._layout, self._entries(chosen)
-        groups, width = groups or table.num_groups, width or self._width(chosen, rows)
-        heads = self._config.model.num_kv_heads if layout.heads_per_group == 1 else 1
-        if table.num_groups % heads:
-            heads = 1
-        flat, at = (groups * len(rows), width), at_rows(rows)
-        columns: list[Any] = [entries.score, entries.weight, entries.first_position]
-        blank = [np.broadcast_to(each.dtype.type(0), flat) for each in columns]
-        read = [each[:groups, at, :width].reshape(flat) for each in columns] if scores else blank
-        return View(
-            score=read[0],
-            weight=read[1],
-            first_position=read[2],
-            num_resident=table.num_resident[:groups, at].ravel(),
-            num_computed=np.tile(table.num_computed[rows], groups),
-            num_prompt=np.tile(table.num_prompt[rows], groups),
-            block_size=self._entry_size(chosen),
-            stride=table.block_size,
-            layers=groups // heads if groups == table.num_groups else 1,
-            heads=heads if groups == table.num_groups else 1,
-            pressure=self._manager.pool.num_held / self._manager.pool.num_blocks,
-        )
+            self._manager.drop(rows[sliding], np.arange(width) < blind[:, sliding, None])
 
     def _by_policy(self, batch: Batch) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
@@ -345,12 +325,9 @@ class Retention:
         """Let rows that replay forget what they were made to forget between rounds."""
         for row in rows[self._table.num_computed[rows] <= self._table.replay_until[rows]]:
             one = np.array([row], np.int32)
-            in_use = self._in_use(chosen, one)
-            keep = np.ones((*in_use.shape, int(in_use.max())), np.bool_)
-            replay_round(self._table, int(row), keep[:, 0], in_use[:, 0])
-            gone = (np.arange(keep.shape[2]) < in_use[:, :, None]) & ~keep
+            gone = self._logged(chosen, one, self.entries.width(chosen, one))[:, None]
             if gone.any():
-                self.forget(chosen, self.view(chosen, one), one, gone)
+                self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
 
     def elastic(self, rows: Int32) -> list[tuple[Policy, Int32]]:
         """Return those of running rows that can be made to forget blocks, by policy.
@@ -360,14 +337,14 @@ class Retention:
         table = self._table
         rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
         found = self._by_policy(Batch(table, rows, rows))
-        return [(p, rows[at]) for p, at in found if p.adaptive and p.unit == "block"]
+        return [(chosen, rows[at]) for chosen, at in found if chosen.shrinks]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
         row, table = seq.row, self._table
         if table.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
-            width = int(self._in_use(seq.policy, np.array([row], np.int32)).max())
-            seq.saved = save_scores(table, self._entries(seq.policy), row, width)
+            width = int(self.entries.in_use(seq.policy, np.array([row], np.int32)).max())
+            seq.saved = save_scores(table, self.entries.owner(seq.policy), row, width)
 
     def certificate(self, seq: Sequence) -> Certificate:
         """Return what a sequence has forgotten, means over groups."""
@@ -393,4 +370,4 @@ class Retention:
         for row in rows[done].tolist():
             seq = table.sequences[row]
             assert seq is not None
-            restore_scores(table, self._entries(seq.policy), seq)
+            restore_scores(table, self.entries.owner(seq.policy), seq)

@@ -270,9 +270,9 @@ class Scheduler:
         live = self._batch.where(alive)
         self.tenants.charge(live.tenants, live.first_time)
         broken = alive & not_finite(plan, result)
-        self.retention.observe(plan, result, alive & ~broken)
+        heard = self.retention.observe(plan, result, alive & ~broken)
         self.manager.advance(live)
-        self._roster.preempt_rows(self.retention.evict(live))
+        self._roster.preempt_rows(self.retention.evict(live, heard))
         self._roster.fork_siblings()
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:

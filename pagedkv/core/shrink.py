@@ -24,8 +24,7 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
         How many blocks became available, ``need`` at most.
     """
     candidates = [
-        (chosen, mine, _candidates(retention, chosen, mine))
-        for chosen, mine in retention.elastic(rows)
+        (chosen, mine, _masses(retention, chosen, mine)) for chosen, mine in retention.elastic(rows)
     ]
     if not candidates or need <= 0:
         return 0
@@ -37,7 +36,8 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
     for (chosen, mine, mass), part in zip(candidates, np.split(taken, sizes), strict=True):
         gone = part.reshape(mass.shape)
         if gone.any():
-            retention.forget(chosen, retention.view(chosen, mine), mine, gone)
+            heard = mine, retention.table.mass[:, mine, : mass.shape[2]]
+            retention.forget(chosen, retention.entries.view(chosen, mine), mine, gone, heard)
             for row in mine[gone.any(axis=(0, 2))].tolist():
                 seq = retention.table.sequences[row]
                 assert seq is not None
@@ -45,12 +45,12 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
     return int(taken.sum())
 
 
-def _candidates(retention: Retention, chosen: Policy, rows: Int32) -> Float32:
+def _masses(retention: Retention, chosen: Policy, rows: Int32) -> Float32:
     """Return the mass of the entries that may go, infinity for all others: [groups, B, W]."""
-    table, pool, view = retention.table, retention.manager.pool, retention.view(chosen, rows)
+    table, pool = retention.table, retention.manager.pool
+    view = retention.entries.view(chosen, rows)
     assert chosen.adaptive is not None
-    may_go = (view.entry < view.num_sealed[:, None]) & ~protect(chosen, view)
-    may_go = may_go.reshape(table.num_groups, len(rows), -1)
+    may_go = ~protect(chosen, view).reshape(table.num_groups, len(rows), -1)
     width = may_go.shape[2]
     may_go &= pool.references(table.block_table[:, rows, :width]) == 1
     may_go[retention.windows > 0] = False

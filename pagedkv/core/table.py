@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64, plan_width
+from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64, at_rows, plan_width
+from pagedkv.core.gaps import close_gaps
 from pagedkv.core.request import Sequence
 from pagedkv.core.tokens import TokenColumns
 
@@ -14,7 +15,7 @@ __all__ = ["SequenceTable"]
 FIRST_TOKENS = 64
 FIRST_BLOCKS = 16
 FREE = -1
-ENTRY_COLUMNS = ("block_table", "first_position", "rotation", "score", "weight", "mass")
+ENTRY_COLUMNS = ("block_table", "first_position", "turn", "score", "weight", "mass")
 NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 SCORE_COLUMNS = ENTRY_COLUMNS[3:]
 PROGRESS_COLUMNS = (
@@ -45,8 +46,8 @@ class SequenceTable:
         urgency: That priority and age as one number; lower is more urgent.
         tenant: Its request's tenant as a number.
         evicts: Whether its policy can forget anything.
-        policy_id: That policy's number in `Retention`; -1 forgets nothing.
-        rotates: Whether that policy closes the gaps that it leaves (cache positions).
+        policy_id, rotates: That policy's number in `Retention`, -1 forgets nothing; and whether it
+            closes the gaps that it leaves (cache positions).
         publishes: Whether its blocks may be found: not if it began before the cache was reset.
         forked: Whether it was forked, or forked from: it may share a block that is not full.
         token_ids: [rows, width] Known tokens.
@@ -61,11 +62,13 @@ class SequenceTable:
         replay_until: While fewer tokens are computed, logged evictions are done over again.
         block_table: [groups, rows, width] Block ids in order of position; 0 where none is in use.
         first_position: Beside it, where each block's first token stands in its sequence.
-        rotation: Beside it, the position that token's key was rotated to.
+        turn: Beside it, by how many positions queries are turned before they meet the block: 0
+            where none is in use, or the policy closes no gaps (`positions`).
         score, weight, mass: Beside it, what the eviction policy knows of each block.
         penalised: Whether any penalty is set in ``sampling``.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
-        keeps_scores: Whether any sequence so far could forget; until then all scores are 0.
+        keeps_scores: Whether any sequence so far could forget.
+        kept_columns: Those that some policy so far reads; the others stay 0, and are not moved.
 
     Columns widen when first needed, never while a step is in flight: tokens by doubling, tables as
     `plan_width` has it.
@@ -89,6 +92,7 @@ class SequenceTable:
         self.policy_id: Int32 = np.full(rows, -1, np.int32)
         self.rotates: Bool = np.zeros(rows, np.bool_)
         self.keeps_scores = False
+        self.kept_columns: tuple[str, ...] = ("first_position",)
         self.publishes: Bool = np.ones(rows, np.bool_)
         self.forked: Bool = np.zeros(rows, np.bool_)
         self.tenant: Int32 = np.zeros(rows, np.int32)
@@ -108,7 +112,7 @@ class SequenceTable:
         entries = (num_groups, rows, FIRST_BLOCKS)
         self.block_table: Int32 = np.zeros(entries, np.int32)
         self.first_position: Int32 = np.zeros(entries, np.int32)
-        self.rotation: Int32 = np.zeros(entries, np.int32)
+        self.turn: Int32 = np.zeros(entries, np.int32)
         self.score: Float32 = np.zeros(entries, np.float32)
         self.weight: Float32 = np.zeros(entries, np.float32)
         self.mass: Float32 = np.zeros(entries, np.float32)
@@ -210,6 +214,8 @@ class SequenceTable:
             self.seq_id[row] = FREE
             self.num_blocks[:, row] = 0
             self.block_table[:, row] = 0
+            if self.rotates[row]:
+                self.turn[:, row] = 0
             self.num_resident[:, row] = 0
             self.sequences[row] = None
             self.runs[row] = False
@@ -225,13 +231,15 @@ class SequenceTable:
         """Make ``block_table`` and what stands beside it at least ``width`` wide."""
         if width > self.block_table.shape[-1]:
             for name in ENTRY_COLUMNS:
-                setattr(self, name, self._widened(getattr(self, name), plan_width(width)))
+                kept = name in ("block_table", *self.kept_columns)
+                column = getattr(self, name)[..., : None if kept else 0]
+                setattr(self, name, self._widened(column, plan_width(width)))
 
     def _widened(self, array: Int32, width: int) -> Int32:
         """Return a column [..., rows, width] as much wider as asked; free rows lose theirs."""
-        taken = (self.seq_id != FREE).nonzero()[0]
         # Fresh zeros cost no memory until they are written.
         wider = np.zeros((*array.shape[:-1], width), array.dtype)
+        taken = at_rows((self.seq_id != FREE).nonzero()[0])
         wider[..., taken, : array.shape[-1]] = array[..., taken, :]
         return wider
 
@@ -265,11 +273,9 @@ class SequenceTable:
         # Of a table that gains several, the last stands.
         self.num_blocks.reshape(-1)[table] = index + 1
         ahead = index * self.block_size - self.num_resident.ravel()[table]
-        self.first_position.reshape(-1)[entry] = first = self.num_computed[row] + ahead
-        self.rotation.reshape(-1)[entry] = first
-        if self.keeps_scores:  # positions may have started over
-            self.rotation.reshape(-1)[entry] = self.next_position[row] + ahead
-            for name in SCORE_COLUMNS:
+        self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
+        for name in self.kept_columns:
+            if name in SCORE_COLUMNS:
                 getattr(self, name).reshape(-1)[entry] = 0
 
     def _append_run(self, row: int, ids: Int32) -> None:
@@ -281,41 +287,36 @@ class SequenceTable:
         self.num_blocks[0, row] = end
         ahead = np.arange(first * size - resident, end * size - resident, size, np.int32)
         self.first_position[0, row, first:end] = ahead + self.num_computed[row]
-        self.rotation[0, row, first:end] = ahead + self.next_position[row]
 
-    def keep_blocks(self, rows: Int32, keep: Bool) -> Int32:
+    def drop_blocks(self, rows: Int32, gone: Bool) -> tuple[Int32, Int32]:
         """Drop table entries and close the gaps; the order of the rest stands.
 
         Args:
-            rows: [B] Rows, each at most once.
-            keep: [groups, B, width] Which entries stay; entries not in use count for nothing.
+            rows: [B] Rows, each at most once; all of them rotate, or none does.
+            gone: [groups, B, width] Which entries go; all of them are in use.
 
         Returns:
-            The dropped block ids, each table's tail first.
+            The dropped block ids, each table's tail first; and how many each lost: [groups, B].
         """
-        width, flat = keep.shape[2], self.block_table.reshape(-1)
-        used = np.arange(width) < self.num_blocks[:, rows, None]
-        gone = used & ~keep
-        # Flat indices, and only what moves: all columns whole take several times as long.
-        table = np.arange(self.num_groups)[:, None] * self.num_rows + rows
-        entry = table[:, :, None] * self.block_table.shape[2] + np.arange(width)
-        dropped: Int32 = flat[entry[:, :, ::-1][gone[:, :, ::-1]]]
-        gaps = np.cumsum(gone, axis=2)
-        moves = used & keep & (gaps > 0)
-        source = entry[moves]
-        target = source - gaps[moves]
-        for name in ENTRY_COLUMNS:
-            column = getattr(self, name).reshape(-1)
-            column[target] = column[source]
-        at = np.flatnonzero(self.by_token[rows])
-        if len(at):  # who stands beside them may have longer tables than there are columns for
-            widest = int(self.num_blocks[:, rows[at]].max())
-            slots = np.repeat(keep[:, at, :widest], self.block_size, axis=2)
-            resident = np.arange(slots.shape[2]) < self.num_resident[:, rows[at], None]
-            self.tokens.keep(rows[at], slots & resident)
-        self.num_blocks[:, rows] -= gaps[:, :, -1].astype(np.int32)
-        flat[entry[used & (np.arange(width) >= self.num_blocks[:, rows, None])]] = 0
-        return dropped
+        width, columns = gone.shape[2], self.block_table.shape[2]
+        table = (np.arange(self.num_groups)[:, None] * self.num_rows + rows).ravel()
+        gaps = close_gaps(gone.reshape(-1, width), table * columns)
+        dropped = self.block_table.reshape(-1).take(gaps.gone)
+        for name in ("block_table", *self.kept_columns):
+            column = getattr(self, name)
+            moved = column.reshape(-1).take(gaps.source, mode="clip")
+            if name == "turn" and self.rotates[rows[0]]:
+                # Nearer by all that went; but it has moved up itself for what went before it.
+                moved -= gaps.behind * np.int32(self.block_size)
+            moved.reshape(-1)[gaps.past] = 0
+            column.reshape(-1, columns)[table, :width] = moved
+        by_token = np.flatnonzero(self.by_token[rows])
+        if len(by_token):
+            resident = self.num_resident[:, rows[by_token]]
+            self.tokens.drop_blocks(rows[by_token], gone[:, by_token], resident, self.block_size)
+        lost: Int32 = gaps.lost.reshape(gone.shape[:2]).astype(np.int32)
+        self.num_blocks[:, rows] -= lost
+        return dropped, lost
 
     def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:
         """Give rows that evict by token other blocks for the tokens that stayed.
@@ -330,7 +331,6 @@ class SequenceTable:
         self.block_table[:, rows, :width] = blocks * (np.arange(width) < num_blocks[:, :, None])
         first = self.tokens.first_position[:, rows, : width * self.block_size : self.block_size]
         self.first_position[:, rows, :width] = first
-        self.rotation[:, rows, :width] = first
         self.num_blocks[:, rows] = num_blocks
 
     def note_tokens(self, rows: Int32, counts: Int32) -> None:
@@ -347,7 +347,7 @@ class SequenceTable:
 
     def copy_entries(self, parents: Int32, children: Int32) -> None:
         """Give each child the block tables, scores and progress of its parent: [N] rows each."""
-        for name in ENTRY_COLUMNS:
+        for name in ("block_table", *self.kept_columns):
             column = getattr(self, name)
             column[:, children] = column[:, parents]
         for name in PROGRESS_COLUMNS:
@@ -389,6 +389,8 @@ class SequenceTable:
         assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"
         unused = np.arange(self.block_table.shape[2]) >= self.num_blocks[:, :, None]
         assert not (self.block_table * unused).any(), "an entry that is not in use names a block"
+        still = unused | ~self.rotates[:, None]
+        assert not (self.turn * still).any(), "a turn without a block, or without need"
         free = self.seq_id == FREE
         assert self.num_free_rows == free.sum(), "free rows are miscounted"
         assert (self.num_blocks[:, free] == 0).all(), "a free row holds blocks"

@@ -11,11 +11,10 @@ import numpy.typing as npt
 from pagedkv.core.arrays import Int32
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import Sequence, SwappedSequence
-from pagedkv.core.table import ENTRY_COLUMNS, PROGRESS_COLUMNS
+from pagedkv.core.table import PROGRESS_COLUMNS
 
 __all__ = ["HostTier"]
 
-KEPT_COLUMNS = ENTRY_COLUMNS[1:]
 TOKENS = "tokens."
 NOTHING: Int32 = np.empty((0, 2), np.int32)
 
@@ -60,7 +59,7 @@ class HostTier:
         self._num_free -= len(device)
         host = self._free[self._num_free : self._num_free + len(device)].copy()
         columns: dict[str, npt.NDArray[Any]] = {
-            name: getattr(table, name)[:, row, :width].copy() for name in KEPT_COLUMNS
+            name: getattr(table, name)[:, row, :width].copy() for name in table.kept_columns
         }
         if table.by_token[row]:
             most = int(table.num_resident[:, row].max())

@@ -15,17 +15,21 @@ class TokenColumns:
 
     Attributes:
         first_position: [groups, rows, width] Where each token stands in its sequence.
-        score, weight, mass: [groups, rows, width] What the policy knows of it.
+        score, weight: [groups, rows, width] What the policy knows of it.
     """
 
-    COLUMNS = ("first_position", "score", "weight", "mass")
+    COLUMNS = ("first_position", "score", "weight")
 
     def __init__(self, num_groups: int, num_rows: int) -> None:
         shape = (num_groups, num_rows, 0)
         self.first_position: Int32 = np.zeros(shape, np.int32)
         self.score: Float32 = np.zeros(shape, np.float32)
         self.weight: Float32 = np.zeros(shape, np.float32)
-        self.mass: Float32 = np.zeros(shape, np.float32)
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """All columns."""
+        return self.COLUMNS
 
     @property
     def width(self) -> int:
@@ -77,6 +81,20 @@ class TokenColumns:
             column = getattr(self, name)
             moved = np.take_along_axis(column[:, rows, :width], order, axis=2)
             column[:, rows, :width] = np.where(stay, moved, 0)
+
+    def drop_blocks(self, rows: Int32, gone: Bool, resident: Int32, block_size: int) -> None:
+        """Drop the tokens of whole blocks.
+
+        Args:
+            rows: [B]
+            gone: [groups, B, width] Which blocks go.
+            resident: [groups, B] Tokens resident before.
+            block_size: Tokens in a block.
+        """
+        # Who stands beside these rows may have more blocks than there are columns for.
+        most = -(-int(resident.max()) // block_size)
+        stays = np.repeat(~gone[:, :, :most], block_size, axis=2)
+        self.keep(rows, stays & (np.arange(stays.shape[2]) < resident[:, :, None]))
 
     def copy(self, parents: Int32, children: Int32) -> None:
         """Give each child what is known of its parent's tokens: [N] rows each."""

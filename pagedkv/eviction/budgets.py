@@ -91,18 +91,22 @@ def num_evictions(policy: Policy, view: View, candidates: Bool, ranks: Float32) 
         candidates: [N, W] Entries that may go.
         ranks: [N, W] What `pagedkv.eviction.rank` gave.
     """
-    available = candidates.sum(axis=1)
-    over = np.maximum(view.num_sealed - block_limit(policy, view), 0)
-    spare = np.maximum(view.num_sealed - floor_blocks(policy, view), 0)
-    wanted = np.zeros_like(over)
+    available = np.add.reduce(candidates, axis=1, dtype=np.int32)
+    count: Int = np.maximum(view.num_sealed - block_limit(policy, view), 0)
     if policy.threshold is not None:
-        wanted = np.minimum(_below(policy.threshold, view, candidates, ranks), spare)
+        below = _below(policy.threshold, view, candidates, ranks)
+        count = np.maximum(count, np.minimum(below, _spare(policy, view)))
     elif policy.lowest is not None:
-        due = (over > 0) | (not policy.capped)
+        due = (count > 0) | (not policy.capped)
         part = np.maximum(np.floor(available * policy.lowest).astype(np.int64), 1)
-        wanted = np.where(due, np.minimum(part, spare), 0)
-    count: Int = np.minimum(np.maximum(over, wanted), available)
-    return count
+        count = np.maximum(count, np.where(due, np.minimum(part, _spare(policy, view)), 0))
+    return count.clip(max=available)
+
+
+def _spare(policy: Policy, view: View) -> Int:
+    """Return how many blocks ``threshold`` and ``lowest`` may take: [N]."""
+    spare: Int = np.maximum(view.num_sealed - floor_blocks(policy, view), 0)
+    return spare
 
 
 def _below(threshold: float, view: View, candidates: Bool, ranks: Float32) -> Int:

@@ -98,6 +98,14 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return not (self.tokens is None and self.ratio is None and self.adaptive is None)
 
     @property
+    def shrinks(self) -> bool:
+        """Whether sequences can be made to forget more between rounds.
+
+        None that ranks tokens: packing what it keeps may take blocks.
+        """
+        return self.adaptive is not None and self.unit == "block"
+
+    @property
     def scores_errors(self) -> bool:
         """Whether entries are ranked by how far the output moves without them."""
         return self.evicts and self.scorer().observe == "lobo_sum"

@@ -117,9 +117,12 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
     relative: bool = True
 
     @property
-    def additive(self) -> bool:
-        """Whether an update only adds what was observed, and by how many queries."""
-        return self.update is _add
+    def counts(self) -> bool:
+        """Whether an update adds what was observed, by every query since an entry sealed.
+
+        The second accumulator then is how many those are (`View.queries_since_sealed`).
+        """
+        return self.update is _add and self.lookback is None
 
 
 # Updates
@@ -316,7 +319,7 @@ def find_score(name: str, parameter: float | None = None) -> Score:
 def _guarded(name: str, made: Score) -> Score:
     """Return an out-of-tree score whose functions fail by name, or give arrays of the right shape.
 
-    What the table's own updates do is known, and `Score.additive` goes by their identity.
+    What the table's own updates do is known, and `Score.counts` goes by their identity.
     """
 
     def arrays(call: Callable[[], Any], what: str, shapes: list[tuple[int, ...]]) -> Any:

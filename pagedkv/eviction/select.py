@@ -7,7 +7,7 @@ from pagedkv.eviction.observe import rank
 from pagedkv.eviction.policy import Policy
 from pagedkv.eviction.view import Bool, Float32, Int, View
 
-__all__ = ["ADA_FLOOR", "choose", "may_evict", "protect", "select", "survivors"]
+__all__ = ["ADA_FLOOR", "choose", "condemn", "may_evict", "protect", "select", "survivors"]
 
 ADA_FLOOR = 0.2
 """The part of its even share that every head keeps when heads compete (AdaKV, Feng et al. 2024)."""
@@ -21,9 +21,9 @@ def protect(policy: Policy, view: View) -> Bool:
     """
     sinks = -(-policy.sinks // view.block_size)
     begin = (view.num_resident - recent_tokens(policy, view)) // view.block_size
-    stays = np.minimum(begin, view.num_sealed)[:, None]
-    kept: Bool = (view.entry < sinks) | (view.entry >= stays)
-    return kept
+    may_go = view.before(np.minimum(begin, view.num_sealed))
+    may_go[:, :sinks] = False
+    return ~may_go
 
 
 def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:
@@ -37,22 +37,22 @@ def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:
         candidates: [N, W] Entries that may go; the others' ranks are not looked at.
         num_evict: [N] How many to take of each table; all candidates if it has fewer.
     """
-    evict = np.zeros(candidates.shape, np.bool_)
-    due = np.flatnonzero(num_evict > 0)
-    if not len(due):
+    most = int(num_evict.max(initial=0))
+    if most <= 0:
+        return np.zeros_like(candidates)
+    keys = ranks.copy("K")
+    np.copyto(keys, -np.inf, where=~np.isfinite(ranks))
+    np.copyto(keys, np.inf, where=~candidates)
+    if most == 1:  # what decode asks for: the first of the lowest, without sorting
+        lowest = keys == keys.min(axis=1)[:, None]
+        evict: Bool = lowest & candidates & (num_evict > 0)[:, None]
+        if np.add.reduce(evict, axis=1, dtype=np.int32).max() > 1:
+            evict &= np.arange(evict.shape[1]) == evict.argmax(axis=1)[:, None]
         return evict
-    keys, open_ = ranks[due], candidates[due]
-    keys[~np.isfinite(keys)] = -np.inf
-    keys[~open_] = np.inf
-    count = num_evict[due]
-    if count.max() == 1:  # what decode asks for: the first of the lowest, without sorting
-        lowest = np.zeros_like(open_)
-        lowest[np.arange(len(due)), keys.argmin(axis=1)] = True
-    else:
-        order = np.argsort(keys, axis=1, kind="stable")
-        lowest = np.zeros_like(open_)
-        np.put_along_axis(lowest, order, np.arange(keys.shape[1]) < count[:, None], axis=1)
-    evict[due] = lowest & open_
+    order = np.argsort(keys, axis=1, kind="stable")
+    lowest = np.zeros(candidates.shape, np.bool_)
+    np.put_along_axis(lowest, order, np.arange(keys.shape[1]) < num_evict[:, None], axis=1)
+    evict = lowest & candidates
     return evict
 
 
@@ -74,18 +74,19 @@ def select(policy: Policy, view: View) -> Bool:
     demands more. Pure, and the same for a table whatever others stand in the view, ``ada`` apart,
     where the heads of a layer belong together.
     """
-    stays = protect(policy, view)
-    used = view.entry < -(-view.num_resident // view.block_size)[:, None]
+    return view.before(-(-view.num_resident // view.block_size)) & ~condemn(policy, view)
+
+
+def condemn(policy: Policy, view: View) -> Bool:
+    """Return which entries go in a round: [N, W]; all others in use `select` lets stay."""
+    may_go = ~protect(policy, view)
     if not policy.evicts:
-        return used
-    candidates = used & ~stays
+        return np.zeros_like(may_go)
     ranks = rank(policy, view)
-    count = num_evictions(policy, view, candidates, ranks)
+    count = num_evictions(policy, view, may_go, ranks)
     if policy.spread == "ada" and view.heads > 1:
-        gone = _choose_jointly(policy, view, ranks, candidates, count)
-    else:
-        gone = choose(ranks, candidates, count)
-    return used & ~gone
+        return _choose_jointly(policy, view, ranks, may_go, count)
+    return choose(ranks, may_go, count)
 
 
 def _choose_jointly(

@@ -55,6 +55,25 @@ class View(Struct, frozen=True, kw_only=True, eq=False):
         """[W] The index of each entry in its table."""
         return np.arange(self.score.shape[1])
 
+    @staticmethod
+    def queries_since_sealed(first_position: Int, num_computed: Int, block_size: int) -> Float32:
+        """Return how many tokens were computed since entries sealed, their last ones included.
+
+        Args:
+            first_position: [N, W] Position of each entry's first token.
+            num_computed: [N] Tokens computed so far.
+            block_size: Tokens in an entry.
+        """
+        since = (num_computed - (block_size - 1))[:, None] - first_position
+        count: Float32 = np.maximum(since, 0).astype(np.float32)
+        return count
+
+    def before(self, count: Int) -> Bool:
+        """Return which entries are among the first so many of their table, [N]: [N, W]."""
+        # Entry after entry, for so the inner loops are long.
+        first: Bool = (np.arange(self.score.shape[1], dtype=count.dtype)[:, None] < count).T
+        return first
+
     @property
     def round_size(self) -> int:
         """Tokens between two rounds after the prompt, which places the rounds."""

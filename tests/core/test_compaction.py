@@ -137,7 +137,7 @@ def test_where_blocks_lack_a_row_waits_and_comes_back_to_the_same():
 def test_rows_that_cannot_be_packed_are_named_and_keep_their_blocks():
     run = Run(make_config(22, max_num_seqs=3), [])
     stuck, evict = [], run.scheduler.retention.evict
-    run.scheduler.retention.evict = lambda rows: stuck.append(evict(rows)) or stuck[-1]
+    run.scheduler.retention.evict = lambda *step: stuck.append(evict(*step)) or stuck[-1]
     run.add(forked(22)[0])
     while run.scheduler.has_unfinished() and not any(map(len, stuck)):
         run.step()

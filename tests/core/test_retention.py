@@ -610,6 +610,6 @@ def test_the_witness_notices_a_wrong_distance():
         run.step()
     table = run.scheduler.table
     assert table.next_position[table.running[0]] < table.num_computed[table.running[0]]
-    table.rotation[:, table.running] += 1
+    table.turn[:, table.running, :2] += 1
     with pytest.raises(AssertionError, match="wrong distance"):
         run.step()
