@@ -269,16 +269,17 @@ class Scheduler:
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
         live = self._batch.where(alive)
         self.tenants.charge(live.tenants, live.first_time)
-        broken = alive & not_finite(plan, result)
-        heard = self.retention.observe(plan, result, alive & ~broken)
+        sound = alive & ~not_finite(plan, result)
+        heard = self.retention.observe(plan, result, sound)
         self.manager.advance(live)
-        self._roster.preempt_rows(self.retention.evict(live, heard))
+        # Who is about to be failed holds no round: what it would forget is not known.
+        self._roster.preempt_rows(self.retention.evict(self._batch.where(sound), heard))
         self._roster.fork_siblings()
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:
             failed |= self._beams.faulty(plan, result, vocab_size)
         self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
-        self._roster.end_failed(plan.rows, broken, "what it attended to was not finite")
+        self._roster.end_failed(plan.rows, alive & ~sound, "what it attended to was not finite")
         sample = self.table.runs[plan.sample_rows].nonzero()[0]
         sample = self._search(plan, result, sample)
         draws, token_ids = self._draws.only(sample), drawn[sample].astype(np.int32)

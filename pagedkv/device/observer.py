@@ -108,9 +108,9 @@ class Observer:
         # By query only where a group's layers come one after the other: there are few groups then.
         device = self._tokens.device
         rows = groups if self._layers > 1 else 0
-        self._seen = torch.zeros((rows, len(tokens), width), device=device)
-        self._mass = torch.zeros((groups, len(count), width), device=device)
-        self._static = torch.zeros((groups, len(count), width), device=device)
+        self._seen = torch.zeros((rows, len(tokens), width), dtype=torch.float32, device=device)
+        self._mass = torch.zeros((groups, len(count), width), dtype=torch.float32, device=device)
+        self._static = torch.zeros((groups, len(count), width), dtype=torch.float32, device=device)
         self._values = np.zeros((groups, len(count), width), np.float32)
         # The tables that each layer is about, in the order in which layers come.
         tables = np.arange(groups * self._layers // len(layout.group_of))

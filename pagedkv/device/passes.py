@@ -250,7 +250,7 @@ class Pass:
             member = np.searchsorted(plan.query_start, tokens, side="right") - 1
             asking, begin, counts = np.unique(member, return_index=True, return_counts=True)
             shape = len(tokens), out.shape[1], tables.shape[1]
-            norms = torch.zeros(shape, device=out.device)
+            norms = torch.zeros(shape, dtype=torch.float32, device=out.device)
             for count in np.unique(counts).tolist():  # decode rows in one call
                 these = counts == count
                 places = begin[these][:, None] + np.arange(count)

@@ -127,7 +127,7 @@ class TurnedBias:
         tokens = self._num_tokens
         if block_lse is not None:
             shape = (tokens, out.shape[1], self._width)
-            whole = torch.full(shape, -torch.inf, device=out.device)
+            whole = torch.full(shape, -torch.inf, dtype=torch.float32, device=out.device)
             for (part, _), (_, _, entries) in zip(self._calls, answers, strict=True):
                 assert entries is not None
                 part.scatter(entries, whole)

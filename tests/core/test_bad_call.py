@@ -117,6 +117,24 @@ def test_a_sequence_that_attends_to_no_finite_numbers_ends_alone(which, wrong):
     assert np.isfinite(end.forfeited_mass)
 
 
+@pytest.mark.parametrize("step", range(14))
+def test_who_is_about_to_be_failed_holds_no_round(step):
+    """Not even where one is due: what it would rank by is not known, nor what goes."""
+    scheduler = Scheduler(make_config(4, 40))
+    request = make_request("broken", 14, max_tokens=40)
+    scheduler.add(msgspec.structs.replace(request, eviction="sinks=4 + recent=4 + heavy=8"))
+    for _ in range(step):
+        plan = scheduler.schedule()
+        scheduler.commit(plan, answer(plan))
+    before = int(scheduler.table.num_evicted[0])
+    plan = scheduler.schedule()
+    wrong = answer(plan)
+    wrong.observed[0].values[...] = np.nan
+    (end,) = scheduler.commit(plan, wrong).finished
+    assert end.finish_reason == "error"
+    assert end.num_evicted_tokens == before
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**31 - 1])
 def test_a_draw_outside_the_vocabulary_ends_that_sequence_alone(token):
     driver = Driver(make_config())

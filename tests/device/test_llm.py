@@ -1,6 +1,7 @@
 """The public face: prompts in any form, text, stops, log-probabilities, streams, refusals."""
 
 import pytest
+import torch
 
 from pagedkv import (
     LLM,
@@ -11,6 +12,7 @@ from pagedkv import (
     SamplingParams,
     policy,
 )
+from pagedkv.device.models import load_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -212,3 +214,22 @@ def test_a_policy_may_be_given_to_the_engine_as_an_object():
     one, other = (llm.generate([[7] * 30], GREEDY)[0] for llm in (given, named))
     assert one.num_evicted_tokens > 0
     assert one.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("eviction", ["full", "sinks=4 + budget=12"])
+@pytest.mark.parametrize("pack_weights", ["none", "all"])
+def test_torchs_default_dtype_is_not_the_engines(eviction, pack_weights):
+    """Whoever embeds this may have set another; native code writes fp32 all the same."""
+    loaded = load_model("tiny-random", pack_weights=pack_weights, progress=False)
+    llm = LLM(loaded, block_size=4, num_blocks=256, eviction=eviction)
+
+    def tokens():
+        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        return [out.token_ids for out in llm.generate([list(range(100)), [1, 2, 3]], sampling)]
+
+    expected = tokens()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert tokens() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -86,7 +86,7 @@ def get_ready() -> None:
 def pack(weight: Tensor) -> Tensor:
     """Return a weight fp32 [outputs, inputs] as panels [P, inputs, COLUMNS], zeros at the end."""
     outputs, inputs = weight.shape
-    whole = torch.zeros(-(-outputs // COLUMNS) * COLUMNS, inputs)
+    whole = torch.zeros(-(-outputs // COLUMNS) * COLUMNS, inputs, dtype=torch.float32)
     whole[:outputs] = weight
     return whole.view(-1, COLUMNS, inputs).transpose(1, 2).contiguous()
 
@@ -106,11 +106,11 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
     tokens, inputs = rows.shape
     num_panels, blocks = len(panels), -(-tokens // HEIGHT)
     if tokens % HEIGHT:
-        whole = torch.zeros(blocks * HEIGHT, inputs)
+        whole = torch.zeros(blocks * HEIGHT, inputs, dtype=torch.float32)
         whole[:tokens] = rows
         rows = whole
     rows = rows.contiguous()
-    out = torch.empty(blocks * HEIGHT, num_panels * COLUMNS)
+    out = torch.empty(blocks * HEIGHT, num_panels * COLUMNS, dtype=torch.float32)
     threads = torch.get_num_threads()
     params = np.zeros(RUN + 1, np.int64)
     params[ROWS:] = (

@@ -235,7 +235,7 @@ def turn(query: Tensor, token: Int64, row: Int64, cos: Tensor, sin: Tensor) -> T
     """
     _, heads, dim = query.shape
     step, head_step, _ = query.stride()
-    out = torch.empty(len(token), heads, dim)
+    out = torch.empty(len(token), heads, dim, dtype=torch.float32)
     _compiled("turn")(
         query.data_ptr(),
         out.data_ptr(),
@@ -291,8 +291,10 @@ class Merge:
         """
         _, heads, dim = answers[0][0].shape
         tokens, width = self._tokens, self._width
-        out, lse = torch.empty(tokens, heads, dim), torch.empty(heads, tokens)
-        entries = None if answers[0][2] is None else torch.empty(tokens, heads, width)
+        out = torch.empty(tokens, heads, dim, dtype=torch.float32)
+        lse = torch.empty(heads, tokens, dtype=torch.float32)
+        wanted = answers[0][2] is not None
+        entries = torch.empty(tokens, heads, width, dtype=torch.float32) if wanted else None
         fields = [tokens, heads, dim, width, out.data_ptr(), lse.data_ptr()]
         fields.append(0 if entries is None else entries.data_ptr())
         whole = [[None if x is None else x.contiguous() for x in answer] for answer in answers]

@@ -152,7 +152,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     kv_heads = k.shape[1]
     _, q_head, q_token, _ = q.stride()
     _, k_head, k_token, _ = k.stride()
-    turned_q, turned_k = torch.empty(1, tokens, heads, dim), torch.empty(1, tokens, kv_heads, dim)
+    turned_q = torch.empty(1, tokens, heads, dim, dtype=torch.float32)
+    turned_k = torch.empty(1, tokens, kv_heads, dim, dtype=torch.float32)
     _compiled("rotate")(
         q.data_ptr(),
         k.data_ptr(),
