@@ -18,11 +18,11 @@ from pagedkv.core.arrays import Int64
 
 from .kernel import sources
 from .native import compile_native
+from .rowwise import rotate_head
 from .simd import (
     LANES,
     Address,
     Number,
-    add,
     fma,
     get,
     kernel,
@@ -32,7 +32,6 @@ from .simd import (
     scalar,
     splat,
     store,
-    sub,
 )
 
 __all__ = ["Merge", "get_ready", "turn"]
@@ -46,24 +45,6 @@ def _copy(source: Address, out: Address, count: int) -> None:
         store(out + at, load(f32, source + at))
     for at in range(4 * whole, 4 * count, 4):
         put(out + at, scalar(f32, source + at))
-
-
-@kernel
-def _turn_head(source: Address, out: Address, cos: Address, sin: Address, pairs: int) -> None:
-    """Turn elements (i, i + pairs); rounded as torch's products and sums are, without fma."""
-    f32 = np.float32(0)
-    far = 4 * pairs
-    whole = pairs // LANES * LANES
-    for at in range(0, 4 * whole, 4 * LANES):
-        a, b = load(f32, source + at), load(f32, source + far + at)
-        c, s = load(f32, cos + at), load(f32, sin + at)
-        store(out + at, sub(mul(a, c), mul(b, s)))
-        store(out + far + at, add(mul(b, c), mul(a, s)))
-    for at in range(4 * whole, far, 4):
-        x, y = scalar(f32, source + at), scalar(f32, source + far + at)
-        c1, s1 = scalar(f32, cos + at), scalar(f32, sin + at)
-        put(out + at, x * c1 - y * s1)
-        put(out + far + at, y * c1 + x * s1)
 
 
 @kernel
@@ -89,7 +70,7 @@ def _turn(
         rotated = 2 * pairs if angles != 0 else 0
         for _ in range(heads):
             if rotated:
-                _turn_head(source, out, cos + at, sin + at, pairs)
+                rotate_head(source, out, cos + at, sin + at, pairs, 0)
             _copy(source + 4 * rotated, out + 4 * rotated, dim - rotated)
             source += head_stride
             out += 4 * dim

@@ -32,12 +32,17 @@ from .simd import (
     total,
 )
 
-__all__ = ["get_ready", "rms_norm", "rotate"]
+__all__ = ["get_ready", "rms_norm", "rotate", "rotate_head"]
 
 
 @kernel
-def _rotate_head(source: Address, out: Address, cos: Address, sin: Address, pairs: int) -> None:
-    """Turn elements (i, i + pairs); rounded as torch's products and sums are, without fma."""
+def rotate_head(
+    source: Address, out: Address, cos: Address, sin: Address, pairs: int, apart: int
+) -> None:
+    """Turn elements (i, i + pairs); rounded as torch's products and sums are, without fma.
+
+    The second one's cosine and sine lie `apart` bytes behind the first one's.
+    """
     f32 = np.float32(0)
     far = 4 * pairs
     whole = pairs // LANES * LANES
@@ -45,12 +50,12 @@ def _rotate_head(source: Address, out: Address, cos: Address, sin: Address, pair
         a, b = load(f32, source + at), load(f32, source + far + at)
         c, s = load(f32, cos + at), load(f32, sin + at)
         store(out + at, sub(mul(a, c), mul(b, s)))
-        c, s = load(f32, cos + far + at), load(f32, sin + far + at)
+        c, s = load(f32, cos + apart + at), load(f32, sin + apart + at)
         store(out + far + at, add(mul(b, c), mul(a, s)))
     for at in range(4 * whole, far, 4):
         x, y = scalar(f32, source + at), scalar(f32, source + far + at)
         put(out + at, x * scalar(f32, cos + at) - y * scalar(f32, sin + at))
-        put(out + far + at, y * scalar(f32, cos + far + at) + x * scalar(f32, sin + far + at))
+        put(out + far + at, y * scalar(f32, cos + apart + at) + x * scalar(f32, sin + apart + at))
 
 
 @kernel
@@ -73,7 +78,7 @@ def _rotate(
         for head in range(heads):
             at = source + token * token_stride + head * head_stride
             to = out + 4 * dim * (token * heads + head)
-            _rotate_head(at, to, cos + angle, sin + angle, pairs)
+            rotate_head(at, to, cos + angle, sin + angle, pairs, 4 * pairs)
             for i in range(8 * pairs, 4 * dim, 4):
                 put(to + i, scalar(f32, at + i))
 
