@@ -45,6 +45,7 @@ def corrupt_waiting(scheduler):
 def corrupt_held_by_nobody(scheduler):
     scheduler.table.sequences[3] = scheduler.sequence(0)
     scheduler.table.seq_id[3] = 0
+    scheduler.table.num_free_rows -= 1
 
 
 @pytest.mark.parametrize(
