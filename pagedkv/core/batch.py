@@ -1,7 +1,7 @@
 """The rows that compute in a step, and what follows from who they are."""
 
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +13,6 @@ from pagedkv.core.table import SequenceTable
 __all__ = ["Batch"]
 
 NOBODY: Int64 = np.empty(0, np.int64)
-Value = TypeVar("Value")
-
-
-class fact(Generic[Value]):
-    """What is worked out when it is first asked for, and kept: `functools.cached_property` without
-    the lock that it takes before Python 3.12, which costs as much as most facts.
-    """
-
-    def __init__(self, found: Callable[[Any], Value]) -> None:
-        self._found = found
-        self.__doc__ = found.__doc__
-
-    @overload
-    def __get__(self, owner: None, kind: type) -> "fact[Value]": ...
-    @overload
-    def __get__(self, owner: object, kind: type) -> Value: ...
-    def __get__(self, owner: object | None, kind: type) -> "fact[Value] | Value":
-        if owner is None:
-            return self
-        value = vars(owner)[self._found.__name__] = self._found(owner)
-        return value
 
 
 class Batch:
@@ -99,29 +78,29 @@ class Batch:
 
     # Where each row's tokens lie among the T of the step
 
-    @fact
+    @cached_property
     def start(self) -> Int32:
         """[B + 1] Where each row's tokens begin."""
         start = np.zeros(len(self.counts) + 1, np.int32)
         np.cumsum(self.counts, out=start[1:])
         return start
 
-    @fact
+    @cached_property
     def member(self) -> Int64:
         """[T] The index of each token's row among the B."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
-    @fact
+    @cached_property
     def offset(self) -> Int32:
         """[T] The place of each token among its row's."""
         return (np.arange(self.num_tokens) - self.start[self.member]).astype(np.int32)
 
-    @fact
+    @cached_property
     def token_rows(self) -> Int32:
         """[T] Each token's row."""
         return self.rows if self.decodes else self.rows[self.member]
 
-    @fact
+    @cached_property
     def tables(self) -> Int64:
         """[groups, T] The table that each token is written through, counted group after group."""
         first = np.arange(self.table.num_groups)[:, None] * self.table.num_rows
@@ -129,12 +108,12 @@ class Batch:
 
     # Facts
 
-    @fact
+    @cached_property
     def seq_ids(self) -> Int64:
         """[B] The sequences."""
         return self.table.seq_id[self.rows]
 
-    @fact
+    @cached_property
     def tenants(self) -> Int32:
         """[B] Their tenants."""
         return self.table.tenant[self.rows]
@@ -149,7 +128,7 @@ class Batch:
         counts: Int32 = np.maximum(computed + self.counts - np.maximum(computed, scored), 0)
         return counts
 
-    @fact
+    @cached_property
     def policies(self) -> list[tuple[int, Int32]]:
         """Each eviction policy among the rows, by number, and the indices of its rows."""
         ids = self.table.policy_id[self.at]
@@ -158,7 +137,7 @@ class Batch:
             for each in np.unique(ids[ids >= 0]).tolist()
         ]
 
-    @fact
+    @cached_property
     def rotates(self) -> Bool | None:
         """[B] Whose policy closes the gaps that it leaves; None if nobody's does."""
         if not self.table.keeps_scores:
@@ -166,19 +145,19 @@ class Batch:
         rotates = self.table.rotates[self.rows]
         return rotates if rotates.any() else None
 
-    @fact
+    @cached_property
     def by_token(self) -> Int64:
         """The indices of rows whose policy evicts single tokens."""
         if not self.table.keeps_scores:
             return NOBODY
         return np.flatnonzero(self.table.by_token[self.at])
 
-    @fact
+    @cached_property
     def forked(self) -> bool:
         """Whether any may share a block that is not full. A fork starts rows."""
         return bool(np.count_nonzero(self.table.forked[self.at]))
 
-    @fact
+    @cached_property
     def prompt_logprobs(self) -> Int32 | None:
         """[B] What each asks of its prompt; None if nobody asks."""
         asked = self.table.prompt_logprobs[self.rows]
@@ -186,7 +165,7 @@ class Batch:
 
     # Draws
 
-    @fact
+    @cached_property
     def draws(self) -> "Draws":
         """All rows draw a token each, after their last."""
         return Draws(self.table, self.rows, self.start[1:] - 1)
@@ -215,37 +194,37 @@ class Draws:
         self.rows = rows
         self.index = index
 
-    @fact
+    @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """[S] each: the parameters, by name."""
         return {name: column[self.rows] for name, column in self.table.sampling.items()}
 
-    @fact
+    @cached_property
     def most_logprobs(self) -> int:
         """The most alternatives that any wants; -1 if none wants any log-probability."""
         return int(self.columns["num_logprobs"].max(initial=-1))
 
-    @fact
+    @cached_property
     def penalised(self) -> Int32:
         """The indices of those that have any penalty."""
         return np.flatnonzero(self.table.penalised[self.rows]).astype(np.int32)
 
-    @fact
+    @cached_property
     def num_prompt(self) -> Int32:
         """[S] Their prompts' lengths."""
         return self.table.num_prompt[self.rows]
 
-    @fact
+    @cached_property
     def tenants(self) -> Int32:
         """[S] Their tenants."""
         return self.table.tenant[self.rows]
 
-    @fact
+    @cached_property
     def limit(self) -> Int32:
         """[S] The number of known tokens at which each ends."""
         return self.table.limit[self.rows]
 
-    @fact
+    @cached_property
     def stop_ids(self) -> Int32 | None:
         """[S, width] Tokens that end each; None if none does."""
         stop_ids = self.table.stop_ids[self.rows]

@@ -89,14 +89,15 @@ def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
     then, more = np.ones(len(rows), np.int32), len(rows)
     known, drawing = table.num_known[rows], rows
     left = None if batch is scheduler._decoding else known - table.num_computed[rows] - first
-    goes_on = left is not None and np.count_nonzero(left) > 0  # a prompt
-    if left is not None and goes_on:
+    if left is not None and not np.count_nonzero(left):
+        left = None
+    if left is not None:  # a prompt goes on
         drawing, known = rows[left == 0], known[left == 0]
     room = int((table.limit[drawing] - known).min(initial=FAR))
     resident = table.num_resident[:, rows] + first
-    steps = min(most, room, _repeats(scheduler, decision, left if goes_on else None))
+    steps = min(most, room, _repeats(scheduler, decision, left))
     if steps > 1:
-        if goes_on:
+        if left is not None:
             then[-1] = chunk = _chunk(scheduler, len(rows))
             more += chunk - 1
         steps = 1 + _growth_steps(manager, rows, resident, then, more, steps - 1)

@@ -272,7 +272,7 @@ class BlockManager:
         """Take table entries from running rows; blocks that others share stay theirs.
 
         Args:
-            rows: [B] Rows, each at most once; all of them rotate, or none does.
+            rows: [B] Rows, as for `SequenceTable.drop_blocks`.
             gone: [groups, B, width] Which entries go: in use, and full.
 
         Returns:

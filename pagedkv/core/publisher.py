@@ -55,19 +55,17 @@ class Publisher:
         self._events: list[KVEvent] = []
 
     def filled(self, batch: Batch) -> Sealed:
-        """Return the blocks that the tokens of a batch fill."""
+        """Return the blocks that the tokens of a batch fill and that may be found."""
         before, size = self._table.num_computed[batch.at], self._size
         first, end = before // size, (before + batch.counts) // size
         at = (first != end).nonzero()[0]
+        at = at[self._table.publishable(batch.rows[at])]
         return self._hashed(batch.rows[at], first[at], end[at]) if len(at) else NOTHING_SEALED
 
     def seal(self, sealed: Sealed) -> None:
-        """Insert blocks whose tokens are computed, where they may be found."""
+        """Insert what `filled` gave, once its tokens are computed."""
         table, size = self._table, self._size
         rows, first, end, digests, are_new = sealed
-        may = table.publishable(rows)
-        if np.count_nonzero(may) < len(may):
-            rows, first, end, digests, _ = self._hashed(rows[may], first[may], end[may])
         counts = end - first
         row, block = rows, first
         if len(digests) > len(rows):

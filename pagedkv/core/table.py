@@ -292,7 +292,8 @@ class SequenceTable:
         """Drop table entries and close the gaps; the order of the rest stands.
 
         Args:
-            rows: [B] Rows, each at most once; all of them rotate, or none does.
+            rows: [B] Rows, each at most once. All rotate or none does, unless what goes lies before
+                all that stays: then nothing turns.
             gone: [groups, B, width] Which entries go; all of them are in use.
 
         Returns:

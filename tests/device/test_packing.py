@@ -96,6 +96,16 @@ def test_a_tied_embedding_stays_tied_and_no_rows_are_fine():
     assert model(tokens, logits_to_keep=none).logits.shape == (1, 0, model.config.vocab_size)
 
 
+def test_packing_does_not_go_by_torchs_default_dtype():
+    model = tied()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        pack_weights(model, "all", "tied")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(type(each) is PackedLinear for each in layers(model))
+
+
 def test_a_product_that_is_wrong_is_refused(monkeypatch):
     model = tied()
     head = model.get_output_embeddings()

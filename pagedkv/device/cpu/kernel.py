@@ -82,7 +82,7 @@ from .simd import (
 )
 from .wide import run_wide
 
-__all__ = ["KINDS", "launch", "sources", "warmup"]
+__all__ = ["KINDS", "launch", "run", "sources", "warmup"]
 
 # How keys and values are stored; queries likewise, but in fp32 beside int8.
 KINDS = ("float32", "float16", "bfloat16", "int8")
@@ -278,14 +278,21 @@ def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
     Raises:
         UnsupportedBackend: The kernel cannot be compiled here. Nothing was written.
     """
-    worker = _worker(kind)
-    threads = min(threads, int(params[NUM_ITEMS]))
-    address = params.ctypes.data
-    parallel = _openmp()
+    run(_worker(kind), params, min(threads, int(params[NUM_ITEMS])))
+
+
+def run(worker: Any, params: npt.NDArray[np.int64], threads: int) -> None:
+    """Have threads, the calling one included, carry out a compiled worker; wait for them.
+
+    Args:
+        worker: What `compile_native` gave for a function of one address.
+        params: What that address points to; the threads share it.
+        threads: How many may work.
+    """
+    address, parallel = params.ctypes.data, _openmp()
     if threads <= 1:
         worker.ctypes(address)
     elif parallel is not None:
         parallel(worker.address, address, threads, 0)
     else:
-        run = worker.ctypes
-        wait([_pool().submit(run, address) for _ in range(threads)])
+        wait([_pool().submit(worker.ctypes, address) for _ in range(threads)])

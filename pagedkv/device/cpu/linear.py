@@ -7,7 +7,6 @@ reading the weights. Threads share the panels; a row's sums do not depend on oth
 """
 
 import hashlib
-from concurrent.futures import wait
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from .kernel import _openmp, _pool, sources
+from .kernel import run, sources
 from .native import compile_native
 from .product import HEIGHT, product
 from .simd import LANES, Address, atomic_add, get, kernel
@@ -125,16 +124,5 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         min(max(num_panels // (4 * threads), 1), 8),
     )
     if blocks:
-        _run(params, threads)
+        run(_worker(), params, threads)
     return out[:tokens, :outputs].contiguous()
-
-
-def _run(params: Any, threads: int) -> None:
-    """Have threads work as `kernel.launch` has them."""
-    worker, address, parallel = _worker(), params.ctypes.data, _openmp()
-    if threads <= 1:
-        worker.ctypes(address)
-    elif parallel is not None:
-        parallel(worker.address, address, threads, 0)
-    else:
-        wait([_pool().submit(worker.ctypes, address) for _ in range(threads)])
