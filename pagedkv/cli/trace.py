@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from pagedkv.cli.results import check_writable, write_result
-from pagedkv.cli.workloads import add_generator_flags, add_reader_flags, generated, read
+from pagedkv.cli.workloads import add_generator_flags, add_reader_flags, check_kind, generated, read
 from pagedkv.sim.generators import GENERATORS
 from pagedkv.sim.traces import WRITERS, trace_stats, write_trace
 
@@ -109,6 +109,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print statistics, or write a trace."""
+    check_kind(args, [args.kind if args.mode == "generate" else args.format])
     if args.mode == "stats":
         check_writable(args.output_json)
         found = trace_stats(

@@ -1,6 +1,7 @@
 """The flags that say what is simulated, and the workload they make."""
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from pagedkv.errors import ConfigError
@@ -13,6 +14,7 @@ __all__ = [
     "add_generator_flags",
     "add_reader_flags",
     "check_flags",
+    "check_kind",
     "generated",
     "read",
     "workload",
@@ -46,6 +48,20 @@ _OF_TRACES = {
     "--open-loop": False,
     "--trace-start": 0.0,
     "--trace-duration": 3600.0,
+}
+# What only some kinds of workload, or some formats, have a use for; what all have is not here.
+_LENGTHS = ("--input-len", "--output-len", "--input-spread", "--output-spread", "--length-law")
+_USERS = dict.fromkeys((*_LENGTHS, "--prefix-len"), ("random", "sessions", "tenants")) | {
+    "--num-prefixes": ("random",),
+    "--turns": ("sessions",),
+    "--think-time": ("sessions",),
+    "--num-tenants": ("tenants",),
+    "--tenant-skew": ("tenants",),
+    "--hash-block-size": ("mooncake", "timed_trace", "bailian"),
+    "--session-rate": ("weka",),
+    "--open-loop": ("weka",),
+    "--trace-start": ("servegen",),
+    "--trace-duration": ("servegen",),
 }
 
 
@@ -111,17 +127,39 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: A trace is given together with what makes a workload up, or the other way.
     """
-    useless = _OF_TRACES if args.trace is None else _MADE_UP
-    given = [
-        flag
-        for flag, default in useless.items()
-        if getattr(args, flag[2:].replace("-", "_")) != default
-    ]
+    given = _set(args, _OF_TRACES if args.trace is None else _MADE_UP)
     if given:
         where, remedy = "without --trace", "leave it out, or name a trace"
         if args.trace is not None:
             where, remedy = "with --trace", "leave it out; --speedup makes a trace faster"
         raise ConfigError(f"{', '.join(given)} says nothing", where=where, remedy=remedy)
+    asked = args.workload if args.trace is None else args.format
+    check_kind(args, [asked] if isinstance(asked, str) else asked)  # several in a sweep
+
+
+def check_kind(args: argparse.Namespace, kinds: Iterable[str]) -> None:
+    """Refuse flags that no kind of workload, or format of a trace, among these has a use for.
+
+    Raises:
+        ConfigError: There is such a flag.
+    """
+    for flag in _set(args, {flag: (_MADE_UP | _OF_TRACES)[flag] for flag in _USERS}):
+        if not {*_USERS[flag]} & {*kinds}:
+            raise ConfigError(
+                f"{flag} says nothing about {', '.join(kinds)}",
+                where=flag,
+                remedy=f"leave it out: it is for {', '.join(_USERS[flag])}",
+            )
+
+
+def _set(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+    """Return the flags that do not have their defaults; a command need not have them all."""
+    names = {flag: flag[2:].replace("-", "_") for flag in defaults}
+    return [
+        flag
+        for flag, name in names.items()
+        if getattr(args, name, defaults[flag]) != defaults[flag]
+    ]
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -139,12 +177,6 @@ def read(args: argparse.Namespace, path: str) -> Workload:
     """Return the workload of a trace file."""
     options: dict[str, Any] = {}
     if args.hash_block_size is not None:
-        if args.format not in ("mooncake", "timed_trace", "bailian"):
-            raise ConfigError(
-                f"{args.format} has no hash ids of a choosable size",
-                where="--hash-block-size",
-                remedy="leave it out",
-            )
         options["block_size"] = args.hash_block_size
     if args.format == "weka":
         options |= {"session_rate": args.session_rate, "closed_loop": not args.open_loop}

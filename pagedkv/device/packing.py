@@ -56,7 +56,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack_weights(model: Any, which: str, name: str) -> None:
-    """Have a transformers model multiply by packed weights.
+    """Have a transformers model multiply by packed weights; what is packed already stays so.
 
     Args:
         which: "none", "lm_head" for the output embedding, or "all" for all linear layers.
@@ -86,6 +86,8 @@ def pack_weights(model: Any, which: str, name: str) -> None:
         paths += [path for path, m in model.named_modules() if type(m) is nn.Linear]
     for path in dict.fromkeys(paths):
         plain = model.get_submodule(path)
+        if isinstance(plain, PackedLinear):
+            continue
         shared = readers[id(getattr(plain, "weight", None))] > 1
         model.set_submodule(path, _packed(plain, shared, f"{name}, {path}"))
 

@@ -272,6 +272,9 @@ def test_what_cannot_be_made_of_a_trace_leaves_files_alone(refused, tmp_path, ar
         (("--trace", __file__, "--format", "weka", "--session-rate", "0"), "session_rate is 0"),
         (("--trace", __file__, "--format", "servegen", "--trace-start", "-1"), "start is -1"),
         (("--trace", "TRACE", "--request-rate", "9"), "--speedup makes a trace faster"),
+        (("--trace", "TRACE", "--open-loop"), "--open-loop says nothing about mooncake"),
+        (("--workload", "sessions", "--num-tenants", "3"), "it is for tenants"),
+        (("--workload", "random,tool-agent", "--turns", "2"), "about random, tool-agent"),
         (("--trace", "EMPTY"), "there is no request in it"),
     ],
 )

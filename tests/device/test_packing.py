@@ -137,3 +137,11 @@ def test_other_types_are_refused():
 def test_what_to_pack_is_one_of_three():
     with pytest.raises(ConfigError, match="none, lm_head, all"):
         load_model("tiny-random", pack_weights="some")
+
+
+def test_what_is_packed_already_stays_so():
+    model = load_model("tiny-random", pack_weights="lm_head").model
+    head = model.get_output_embeddings()
+    pack_weights(model, "all", "a model")
+    assert model.get_output_embeddings() is head
+    assert all(type(each) is PackedLinear for each in layers(model))
