@@ -14,7 +14,7 @@ from pagedkv.sim.simulator import ROUTES
 
 __all__ = ["add_parser", "run"]
 
-_UNUSED = ("seed", "reclaim", "kv_cache_memory_bytes", "kv_cache_memory_fraction")
+_UNUSED = ("seed", "reclaim")
 _DESCRIPTION = """\
 Serve a workload under a virtual clock: the engine's own scheduler and block pool decide, a cost
 model says how long each step takes. Any flag with one value takes several by comma: every

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, ClassVar
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pagedkv.config import Checked
+from pagedkv.config import CacheConfig, Checked
 from pagedkv.core.arrays import Float64
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan
@@ -48,7 +49,8 @@ class ModelShape(Checked, frozen=True, kw_only=True):
         num_heads: Query heads.
         num_kv_heads: Key and value heads.
         head_dim: Width of one head.
-        bytes_per_element: Of weights and cache.
+        bytes_per_element: Of weights and activations.
+        kv_bytes_per_element: Of keys and values, scales included; None is the same.
     """
 
     section: ClassVar[str] = "shape"
@@ -61,11 +63,13 @@ class ModelShape(Checked, frozen=True, kw_only=True):
     num_kv_heads: Annotated[int, Meta(ge=1)]
     head_dim: Annotated[int, Meta(ge=1)]
     bytes_per_element: Positive = 2
+    kv_bytes_per_element: Positive | None = None
 
     @property
     def kv_bytes_per_token(self) -> float:
         """Bytes of keys and values that one token adds to the cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+        size = self.kv_bytes_per_element or self.bytes_per_element
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * size
 
 
 class StepWork(Struct, frozen=True, kw_only=True, eq=False):
@@ -158,15 +162,33 @@ class CostModel(Checked, frozen=True, kw_only=True):
             + self.overhead
         )
 
-    def num_blocks(self, block_size: int, *, utilization: float = 0.9) -> int:
+    def storing(self, cache: CacheConfig) -> "CostModel":
+        """Return the model with keys and values stored as a cache is configured to."""
+        if cache.kv_cache_dtype == "auto":
+            return self
+        # Below 16 bits each vector has 32 more: its scale, or scale and shift.
+        size = {"int8": 1.0, "int4": 0.5}.get(cache.kv_cache_dtype, 2.0)
+        size += 4 / self.shape.head_dim if size < 2 else 0
+        shape = msgspec.structs.replace(self.shape, kv_bytes_per_element=size)
+        return msgspec.structs.replace(self, shape=shape)
+
+    def num_blocks(
+        self, block_size: int, *, utilization: float = 0.9, fraction: float | None = None
+    ) -> int:
         """Return how many KV blocks fit beside the weights.
+
+        Args:
+            utilization: Share of the memory that weights and blocks may take together.
+            fraction: Instead, the share of what the weights leave that blocks may take.
 
         Raises:
             ConfigError: The weights alone do not fit.
         """
         shape, tp = self.shape, self.tensor_parallel
-        room = utilization * self.accelerator.memory
-        room -= shape.parameters * shape.bytes_per_element / tp
+        weights = shape.parameters * shape.bytes_per_element / tp
+        room = utilization * self.accelerator.memory - weights
+        if fraction is not None:
+            room = fraction * (self.accelerator.memory - weights)
         blocks = int(room // (shape.kv_bytes_per_token / tp * block_size))
         if blocks < 1:
             raise ConfigError(

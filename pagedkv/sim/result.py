@@ -103,8 +103,9 @@ def simulate(
         ConfigError: A value is out of range or unknown.
         TraceError: The workload cannot be read.
     """
-    model = cost_preset(cost) if isinstance(cost, str) else cost
-    config = _with_blocks(config or EngineConfig(), model)
+    config = config or EngineConfig()
+    model = (cost_preset(cost) if isinstance(cost, str) else cost).storing(config.cache)
+    config = _with_blocks(config, model)
     apart = routing == "round_robin" and not workload.closed_loop and max_concurrency is None
     if not apart or watch or detail or prepare is not None:
         processes = 1
@@ -149,15 +150,17 @@ def _sized(config: EngineConfig, blocks: int) -> EngineConfig:
 def blocks_that_fit(config: EngineConfig, model: CostModel) -> int:
     """Return how many blocks a device holds: of as many bytes as the cache may have, if that is
     given, or beside the weights. Where layers or heads have tables of their own, a block is as
-    much smaller as there are more of them.
+    much smaller as there are more of them; stored narrow, as much smaller as that makes it.
 
     Raises:
         ConfigError: The weights alone do not fit, or the bytes hold no block.
     """
     cache = config.cache
+    model = model.storing(cache)
     groups = Scheduler(_sized(config, 1)).layout.num_groups
     if cache.kv_cache_memory_bytes is None:
-        return groups * model.num_blocks(cache.block_size)
+        fraction = cache.kv_cache_memory_fraction
+        return groups * model.num_blocks(cache.block_size, fraction=fraction)
     size = model.shape.kv_bytes_per_token / model.tensor_parallel * cache.block_size / groups
     if (blocks := int(cache.kv_cache_memory_bytes // size)) < 1:
         raise ConfigError(

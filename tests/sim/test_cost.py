@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from pagedkv import ConfigError
+from pagedkv import CacheConfig, ConfigError
 from pagedkv.core.batch import Batch
 from pagedkv.core.leap import Leap
 from pagedkv.core.planner import Decision
@@ -121,6 +121,30 @@ def test_the_pool_is_what_the_weights_leave():
     assert cost.num_blocks(16) == int(room // (131_072 * 16))
     with pytest.raises(ConfigError, match="leave no room"):
         msgspec.structs.replace(cost_preset("a100-llama3-70b"), tensor_parallel=1).num_blocks(16)
+
+
+def test_keys_and_values_stored_narrow_are_more_blocks_and_quicker_to_read():
+    cost, work = (
+        cost_preset("a100-llama3-8b"),
+        StepWork(
+            num_tokens=8, context_tokens=8 * 4096, attention_pairs=8 * 4096, swapped_tokens=100
+        ),
+    )
+    plain, seconds = cost.num_blocks(16), cost.terms(work)
+    for dtype, bytes_per_vector in (("float16", 256), ("int8", 132), ("int4", 68)):
+        narrow = cost.storing(CacheConfig(kv_cache_dtype=dtype))
+        share = bytes_per_vector / 256
+        assert narrow.num_blocks(16) == pytest.approx(plain / share, abs=1)
+        assert narrow.terms(work)["kv"] == pytest.approx(share * seconds["kv"])
+        assert narrow.terms(work)["fixed"] == pytest.approx(share * seconds["fixed"])
+        assert narrow.terms(work)["weights"] == seconds["weights"]
+
+
+def test_a_fraction_is_of_what_the_weights_leave():
+    cost = cost_preset("rtx4090-llama3-8b")
+    shape, left = cost.shape, cost.accelerator.memory
+    left -= shape.parameters * shape.bytes_per_element
+    assert cost.num_blocks(16, fraction=0.5) == int(left / 2 // (131_072 * 16))
 
 
 def test_unknown_hardware_is_refused_with_what_there_is():
