@@ -15,6 +15,7 @@ __all__ = [
     "alike",
     "at_rows",
     "plan_width",
+    "whole_tables",
 ]
 
 Bool = npt.NDArray[np.bool_]
@@ -55,3 +56,12 @@ def plan_width(widest: int) -> int:
     """
     step = 1 << max(0, (widest - 1).bit_length() - 4)
     return -(-widest // step) * step
+
+
+def whole_tables(column: npt.NDArray[Any]) -> npt.NDArray[np.void]:
+    """Return a column [groups, rows, width] as one opaque item per table: [groups * rows].
+
+    Short runs are gathered and scattered by item in half the time that numpy takes by row.
+    """
+    items = column.reshape(-1, column.shape[2])
+    return items.view(np.dtype((np.void, items.itemsize * items.shape[1])))[:, 0]

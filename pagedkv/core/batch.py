@@ -103,8 +103,7 @@ class Batch:
     @cached_property
     def tables(self) -> Int64:
         """[groups, T] The table that each token is written through, counted group after group."""
-        first = np.arange(self.table.num_groups)[:, None] * self.table.num_rows
-        return first + self.token_rows
+        return self.table.tables_of(self.token_rows).reshape(self.table.num_groups, -1)
 
     # Facts
 
@@ -207,7 +206,7 @@ class Draws:
     @cached_property
     def penalised(self) -> Int32:
         """The indices of those that have any penalty."""
-        return np.flatnonzero(self.table.penalised[self.rows]).astype(np.int32)
+        return np.flatnonzero(self.table.sampling.penalised[self.rows]).astype(np.int32)
 
     @cached_property
     def num_prompt(self) -> Int32:
@@ -227,7 +226,7 @@ class Draws:
     @cached_property
     def stop_ids(self) -> Int32 | None:
         """[S, width] Tokens that end each; None if none does."""
-        stop_ids = self.table.stop_ids[self.rows]
+        stop_ids = self.table.sampling.stop_ids[self.rows]
         return stop_ids if (stop_ids >= 0).any() else None
 
     def only(self, chosen: Int64) -> "Draws":

@@ -125,7 +125,7 @@ class Cohort:
         )
         first = self.rows[:, 0]
         self.most = int(table.sampling["num_logprobs"][first[0]])
-        self.stop_ids = table.stop_ids[first]
+        self.stop_ids = table.sampling.stop_ids[first]
         self.num_prompt, self.limit = table.num_prompt[first], table.limit[first]
         asked = [each.beams[0].request.sampling for each in searches]
         self.penalty: Float64 = np.array([each.length_penalty for each in asked], np.float64)

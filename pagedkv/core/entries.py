@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Float32, Int32, at_rows
+from pagedkv.core.arrays import Float32, Int32, Int64, whole_tables
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.table import SequenceTable
@@ -63,28 +63,28 @@ class Entries:
             groups: The first so many alone; if omitted, all.
             entries: Whether to gather what is known of entries; if not, the view has none.
         """
-        table, layout, at = self._table, self._layout, at_rows(rows)
+        table, layout = self._table, self._layout
         groups = groups or table.num_groups
         heads = self._num_kv_heads if layout.heads_per_group == 1 else 1
         if groups < table.num_groups or table.num_groups % heads:
             heads = 1
 
-        def each(column: Int32) -> Int32:
-            return np.broadcast_to(column[at], (groups, len(rows))).ravel()
-
-        size, computed = self.size(chosen), each(table.num_computed)
+        row = np.tile(rows, groups) if groups > 1 else rows
+        tables = table.tables_of(rows)[: len(row)]
+        size, computed = self.size(chosen), table.num_computed[row]
+        resident = table.num_resident.reshape(-1)[tables]
         score = weight = NOT_READ
         first_position = NO_ENTRIES
         if entries:
             width = width or self.width(chosen, rows)
-            score, weight, first_position = self._columns(chosen, at, width, computed)
+            score, weight, first_position = self._columns(chosen, tables, width, resident, computed)
         return View(
             score=score,
             weight=weight,
             first_position=first_position,
-            num_resident=table.num_resident[:groups, at].ravel(),
+            num_resident=resident,
             num_computed=computed,
-            num_prompt=each(table.num_prompt),
+            num_prompt=table.num_prompt[row],
             block_size=size,
             stride=table.block_size,
             layers=groups // heads if groups == table.num_groups else 1,
@@ -93,23 +93,27 @@ class Entries:
         )
 
     def _columns(
-        self, chosen: Policy, at: Any, width: int, computed: Int32
+        self, chosen: Policy, tables: Int64, width: int, resident: Int32, computed: Int32
     ) -> tuple[Float32, Float32, Int32]:
-        """Return score, weight and first position of the entries of rows: [tables, width] each.
+        """Return score, weight and first position of the entries of tables: [N, width] each.
 
         They lie entry after entry: tables are many and short.
         """
-        owner = self.owner(chosen)
+        owner, scorer, size = self.owner(chosen), chosen.scorer(), self.size(chosen)
 
         def of(column: Any) -> Any:
-            return np.asfortranarray(column[:, at, :width].reshape(-1, width))
+            held = whole_tables(column).take(tables).view(column.dtype)
+            return np.asfortranarray(held.reshape(-1, column.shape[2])[:, :width])
 
+        if scorer.counts and not scorer.weighs:  # all that is asked is who was observed at all
+            sealed = np.arange(width, dtype=np.int32)[:, None] < resident // size
+            return of(owner.score), sealed.astype(np.float32).T, NO_ENTRIES
         first_position = of(owner.first_position)
-        if chosen.scorer().observe == "none":
+        if scorer.observe == "none":
             score = weight = np.zeros_like(first_position, np.float32)
-        elif chosen.scorer().counts:
+        elif scorer.counts:
             score = of(owner.score)
-            weight = View.queries_since_sealed(first_position, computed, self.size(chosen))
+            weight = View.queries_since_sealed(first_position, computed, size)
         else:
             score, weight = of(owner.score), of(owner.weight)
         return score, weight, first_position

@@ -1,58 +1,120 @@
-"""How the entries of many short tables move up once some of them are gone."""
+"""Which entries of many short tables go, and how the rest move up."""
+
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
-from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.arrays import Bool, Int32, Int64, whole_tables
 
-__all__ = ["Gaps", "close_gaps"]
+__all__ = ["Gaps", "Holes", "close_gaps"]
+
+
+class Holes(Struct, frozen=True, kw_only=True, eq=False):
+    """The H entries that go from the tables of B rows, found once for all who ask.
+
+    Attributes:
+        mask: [groups, B, width] Which entries go.
+        table: [H] Their tables, counted group after group; in ascending order.
+        entry: [H] Where they stand in those, in ascending order.
+        lost: [groups, B] How many each table loses.
+    """
+
+    mask: Bool
+    table: Int64
+    entry: Int64
+    lost: Int32
+
+    @classmethod
+    def of(cls, mask: Bool) -> "Holes":
+        """Find the entries of a mask: [groups, B, width]."""
+        groups, rows, width = mask.shape
+        table, entry = np.divmod(np.flatnonzero(mask), max(width, 1))
+        lost = np.bincount(table, minlength=groups * rows).astype(np.int32)
+        return cls(mask=mask, table=table, entry=entry, lost=lost.reshape(groups, rows))
+
+    @property
+    def group(self) -> Int64:
+        """[H] Their groups."""
+        group: Int64 = self.table // self.mask.shape[1]
+        return group
+
+    @property
+    def member(self) -> Int64:
+        """[H] Which of the B rows they are of."""
+        member: Int64 = self.table % self.mask.shape[1]
+        return member
 
 
 class Gaps(Struct, frozen=True, kw_only=True, eq=False):
-    """What closes the gaps in N tables, by flat indices into a column of all tables' entries.
+    """What closes the gaps in N tables that lie one after the other, by flat indices into them.
 
     Attributes:
-        lost: [N] Entries that each table loses.
-        gone: [lost.sum()] Those entries, each table's tail first.
-        source: [N, width] The entry that each place takes over; where none is left, any.
-        past: [lost.sum()] The places of ``source``, flat, where none is left.
-        behind: [N, width] How many of the entries that go lay behind each one that stays.
+        gone: [H] The entries that go, each table's tail first.
+        source: [N * width] The entry that each place takes over; where none is left, any.
+        past: [H] The places where none is left.
+        lost: [N] How many entries each table loses.
     """
 
-    lost: Int64
     gone: Int64
     source: Int64
     past: Int64
-    behind: Int32
+    lost: Int32
+
+    @property
+    def behind(self) -> Int32:
+        """[N, width] How many of the entries that go lay behind each one that stays."""
+        behind: Int32 = np.arange(len(self.source), dtype=np.int32)
+        behind -= self.source.astype(np.int32)
+        behind = behind.reshape(len(self.lost), -1)
+        behind += self.lost[:, None]
+        return behind
+
+    def close(
+        self, column: npt.NDArray[Any], tables: Int64, less: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Close the gaps in a column and leave 0 at the ends of its tables.
+
+        Args:
+            column: [groups, rows, width]
+            tables: [N] Which of its tables, each once.
+            less: [N, width] What is taken from the entries that stay.
+
+        Returns:
+            [N, width] What the tables held.
+        """
+        whole = whole_tables(column)
+        held = whole.take(tables).view(column.dtype)
+        moved = held.take(self.source, mode="clip")
+        moved[self.past] = 0
+        if less is not None:
+            moved -= less.ravel()
+        whole[tables] = moved.view(whole.dtype)
+        return held.reshape(-1, column.shape[2])
 
 
-def close_gaps(gone: Bool, first: Int64) -> Gaps:
+def close_gaps(holes: Holes, width: int) -> Gaps:
     """Return how entries move up, in their order, once others are gone.
 
     Args:
-        gone: [N, width] The entries that go.
-        first: [N] Where each table begins in the column.
+        holes: The entries that go.
+        width: Of the tables that are to be closed: as wide as those of ``holes``, or wider.
     """
-    tables, width = gone.shape
-    holes = gone.ravel().nonzero()[0]
-    table, entry = np.divmod(holes, width)
-    lost = np.bincount(table, minlength=tables)
+    lost, table = holes.lost.ravel(), holes.table
+    at = table * width + holes.entry
     end = np.cumsum(lost)
     before = (end - lost)[table]
-    ordinal = np.arange(len(holes)) - before
-    tail_first = end[table] - 1 - ordinal
-    # How many holes come right before what moves to each place. All tables are one run, for sums
-    # over many short ones take several times as long.
-    jumps = np.bincount(holes - ordinal, minlength=gone.size)
-    behind = -jumps
-    behind[::width] += lost
-    jumps += 1
-    jumps[::width] += first - 1
-    jumps[width::width] -= (first + lost)[:-1] + (width - 1)
+    ordinal = np.arange(len(table)) - before
+    # A place takes over what stood as many entries further on as holes were met up to there. All
+    # tables are one run, for sums over many short ones take several times as long.
+    steps = np.bincount(at - ordinal, minlength=len(lost) * width)
+    steps[width::width] -= lost[:-1]
+    steps += 1
+    steps[:1] -= 1
     return Gaps(
-        lost=lost,
-        gone=(first[table] + entry)[tail_first],
-        source=np.cumsum(jumps).reshape(tables, width),
+        gone=at[end[table] - 1 - ordinal],
+        source=np.cumsum(steps, out=steps),
         past=(table + 1) * width - 1 - ordinal,
-        behind=np.cumsum(behind, dtype=np.int32).reshape(tables, width),
+        lost=lost,
     )

@@ -8,6 +8,7 @@ from pagedkv.config import CacheConfig
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
 from pagedkv.core.compaction import Repacking, repack
+from pagedkv.core.gaps import Holes
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, extend_chain
 from pagedkv.core.publisher import NOTHING_SEALED, Publisher, Sealed
@@ -268,20 +269,16 @@ class BlockManager:
         blocks: Int32 = ids.transpose(order)[:, ::-1][used.transpose(order)[:, ::-1]]
         return blocks
 
-    def drop(self, rows: Int32, gone: Bool) -> Int32:
+    def drop(self, rows: Int32, holes: Holes) -> None:
         """Take table entries from running rows; blocks that others share stay theirs.
 
         Args:
             rows: [B] Rows, as for `SequenceTable.drop_blocks`.
-            gone: [groups, B, width] Which entries go: in use, and full.
-
-        Returns:
-            [groups, B] Blocks that each table lost.
+            holes: Which entries go: in use, and full.
         """
-        ids, lost = self.table.drop_blocks(rows, gone)
+        ids = self.table.drop_blocks(rows, holes)
         self.pool.release(ids, self.index.findable(ids))
-        self.table.num_resident[:, rows] -= lost * self.block_size
-        return lost
+        self.table.num_resident[:, rows] -= holes.lost * self.block_size
 
     def compact(self, rows: Int32, keep: Bool) -> tuple[Int32, Int32]:
         """Take single tokens from running rows and pack the rest into the fewest blocks.

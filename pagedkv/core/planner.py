@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64, plan_width
+from pagedkv.core.arrays import Int32, Int64, alike, plan_width
 from pagedkv.core.batch import Batch, Draws
 from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.positions import turns
@@ -69,12 +69,14 @@ def build_plan(retention: Retention, decision: Decision, draws: Draws) -> StepPl
 
 def _slots(batch: Batch, place: Int32) -> Int64:
     """Return the slots of the tokens at ``place`` in their tables: [groups, T]."""
-    table = batch.table
+    table, place = batch.table, alike(place)
     index = place // table.block_size
     # Flat, for looking up by group, row and index takes twice as long.
-    entry = batch.tables * table.block_table.shape[2] + index
-    blocks = table.block_table.reshape(-1).take(entry).astype(np.int64)
-    slots: Int64 = blocks * table.block_size + (place - index * table.block_size)
+    entry = batch.tables * table.block_table.shape[2]
+    entry += index
+    slots: Int64 = table.block_table.reshape(-1).take(entry).astype(np.int64)
+    slots *= table.block_size
+    slots += place - index * table.block_size
     return slots
 
 

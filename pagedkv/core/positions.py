@@ -51,5 +51,5 @@ def turns(batch: Batch, width: int) -> Int32 | None:
     if batch.rotates is None or not (batch.rotates & (table.num_evicted[at] > 0)).any():
         return None
     turned = table.turn[:, at, :width]
-    # The first block mostly tells: it turns for whatever goes after it.
-    return turned.copy() if turned[:, :, :1].any() or turned.any() else None
+    # The first tables mostly tell: their first block turns for whatever goes after it.
+    return turned.copy() if turned[:1].any() or turned.any() else None

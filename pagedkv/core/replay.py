@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.gaps import Holes
 from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
 from pagedkv.core.table import SCORE_COLUMNS, SequenceTable
 from pagedkv.core.tokens import TokenColumns
@@ -14,33 +15,33 @@ FIRST_BITS = np.packbits(np.tri(9, 8, -1, np.uint8), axis=1).ravel()
 """[9] Bytes of which so many bits are set, from the first on."""
 
 
-def log_round(table: SequenceTable, rows: Int32, gone: Bool, in_use: Int32) -> None:
+def log_round(table: SequenceTable, rows: Int32, holes: Holes, in_use: Int32) -> None:
     """Record a round in the logs of the rows that hold it for the first time.
 
     Args:
         rows: [B]
-        gone: [groups, B, width] Which entries of their tables go.
+        holes: Which entries of their tables go.
         in_use: [groups, B] How many entries each table has.
     """
-    new = (table.num_computed[rows] > table.replay_until[rows]).nonzero()[0]
-    widths = in_use.max(axis=0)
-    bits = _packed(gone, in_use)
+    computed, widths = table.num_computed[rows], in_use.max(axis=0).tolist()
+    bits = _packed(holes, in_use)
+    new = (computed > table.replay_until[rows]).nonzero()[0]
     for i in new.tolist():  # for the others it is the log that is carried out
-        seq = table.sequences[rows[i]]
+        seq, at = table.sequences[rows[i]], int(computed[i])
         assert seq is not None
-        computed, width = int(table.num_computed[rows[i]]), int(widths[i])
-        held = Eviction(bits[:, i, : -(-width // 8)].copy(), width)
-        seq.evictions[computed] = held.after(seq.evictions.get(computed))
+        held = Eviction(bits[i, :, : -(-widths[i] // 8)].copy(), widths[i])
+        seq.evictions[at] = held.after(seq.evictions.get(at))
 
 
-def _packed(gone: Bool, in_use: Int32) -> npt.NDArray[np.uint8]:
-    """Return which entries stay, as `Eviction` has them: [groups, B, ceil(width / 8)]."""
-    size = -(-gone.shape[2] // 8)
-    bits = FIRST_BITS.take(np.clip(in_use[:, :, None] - np.arange(0, 8 * size, 8), 0, 8))
-    table, entry = np.divmod(gone.ravel().nonzero()[0], gone.shape[2])
-    lost = (128 >> (entry % 8)).astype(np.uint8)
-    np.bitwise_xor.at(bits.reshape(-1), table * size + entry // 8, lost)
-    return bits
+def _packed(holes: Holes, in_use: Int32) -> npt.NDArray[np.uint8]:
+    """Return which entries stay, as `Eviction` has them: [B, groups, ceil(width / 8)]."""
+    groups, size = len(in_use), -(-holes.mask.shape[2] // 8)
+    # Byte after byte, for tables are many and short.
+    left = in_use.T.ravel() - np.arange(0, 8 * size, 8, np.int32)[:, None]
+    bits = FIRST_BITS.take(left, mode="clip").T.copy()
+    at = (holes.member * groups + holes.group) * size + holes.entry // 8
+    gone = np.bincount(at, 128 >> (holes.entry % 8), bits.size).astype(np.uint8)
+    return (bits.ravel() - gone).reshape(-1, groups, size)
 
 
 def next_logged(table: SequenceTable, row: int) -> int:

@@ -10,6 +10,7 @@ from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Float32, Int32, at_rows
 from pagedkv.core.batch import Batch
 from pagedkv.core.entries import Entries
+from pagedkv.core.gaps import Holes
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
@@ -238,18 +239,19 @@ class Retention:
         """
         table = self._table
         replays = table.num_computed[rows] <= table.replay_until[rows]
-        facts = self.entries.view(chosen, rows, entries=False)
+        # What one table of a row gives up, they all do, if all that counts is where entries stand.
+        groups = 1 if chosen.agrees and not self._slides else table.num_groups
+        facts = self.entries.view(chosen, rows, groups=groups, entries=False)
         if not replays.any() and not may_evict(chosen, facts):
             return rows[:0]
-        view = self.entries.view(chosen, rows)
-        gone = condemn(chosen, view).reshape(table.num_groups, len(rows), -1)
+        view = self.entries.view(chosen, rows, groups=groups)
+        gone = condemn(chosen, view).reshape(groups, len(rows), -1)
+        gone = np.repeat(gone, table.num_groups // groups, axis=0)
         if self._slides:
             gone[self.windows > 0] = False
         for i in np.flatnonzero(replays).tolist():
             gone[:, i] = self._logged(chosen, rows[i : i + 1], gone.shape[2])
-        if not gone.any():
-            return rows[:0]
-        return self.forget(chosen, view, rows, np.ascontiguousarray(gone), heard)
+        return self.forget(chosen, view, rows, gone, heard)
 
     def _logged(self, chosen: Policy, row: Int32, width: int) -> Bool:
         """Return what a row, [1], forgot at this point before: [groups, width]."""
@@ -266,41 +268,44 @@ class Retention:
 
         Args:
             view: Of those rows.
-            gone: [groups, B, width] Which entries go.
+            gone: [groups, B, width] Which entries go, if any.
             heard: What is known of the mass of entries; None if they go a second time.
 
         Returns:
             The rows that `BlockManager.compact` could not serve.
         """
-        table, losing = self._table, gone.any(axis=(0, 2))
-        self._certify(chosen, view, rows, gone, heard)
+        table, holes = self._table, Holes.of(gone)
+        if not len(holes.table):
+            return rows[:0]
+        self._certify(chosen, view, rows, holes, heard)
+        losing = holes.lost.any(axis=0)
         if not losing.all():
-            rows, gone = rows[losing], gone[:, losing]
+            rows, holes = rows[losing], Holes.of(gone[:, losing])
         in_use = self.entries.in_use(chosen, rows)
-        log_round(table, rows, gone, in_use)
+        log_round(table, rows, holes, in_use)
         if chosen.unit == "token":
-            keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~gone
+            keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~holes.mask
             lost, stuck = self._manager.compact(rows, keep)
         else:
-            lost, stuck = self._manager.drop(rows, gone) * table.block_size, rows[:0]
+            self._manager.drop(rows, holes)
+            lost, stuck = holes.lost * table.block_size, rows[:0]
         table.num_evicted[rows] += lost.sum(axis=0)
         return stuck
 
     def _certify(
-        self, chosen: Policy, view: View, rows: Int32, gone: Bool, heard: Heard | None
+        self, chosen: Policy, view: View, rows: Int32, holes: Holes, heard: Heard | None
     ) -> None:
-        """Add up what goes: [groups, B, width]."""
-        table = self._table
-        group, member, entry = np.unravel_index(gone.ravel().nonzero()[0], gone.shape)
+        """Add up what goes."""
+        table, member = self._table, holes.member
         if heard is not None:
             place = np.full(table.num_rows, -1)
             place[heard[0]] = np.arange(len(heard[0]))
             at = place[rows][member]
             known = at >= 0  # those that replay were not observed
-            mass = heard[1][group[known], at[known], entry[known]]
+            mass = heard[1][holes.group[known], at[known], holes.entry[known]]
             table.forfeited[rows] += np.bincount(member[known], mass, len(rows))
         if chosen.scores_errors:
-            errors = rank(chosen, view).reshape(gone.shape)[group, member, entry]
+            errors = rank(chosen, view)[holes.table, holes.entry]
             errors[errors == np.float32(UNOBSERVED)] = 0
             table.left_out[rows] += np.bincount(member, errors, len(rows))
 
@@ -313,7 +318,8 @@ class Retention:
         sliding = np.flatnonzero(blind.any(axis=0))
         if len(sliding):
             width = int(table.num_blocks[:, rows[sliding]].max())
-            self._manager.drop(rows[sliding], np.arange(width) < blind[:, sliding, None])
+            gone = np.arange(width) < blind[:, sliding, None]
+            self._manager.drop(rows[sliding], Holes.of(gone))
 
     def _by_policy(self, batch: Batch) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
@@ -326,8 +332,7 @@ class Retention:
         for row in rows[self._table.num_computed[rows] <= self._table.replay_until[rows]]:
             one = np.array([row], np.int32)
             gone = self._logged(chosen, one, self.entries.width(chosen, one))[:, None]
-            if gone.any():
-                self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
+            self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
 
     def elastic(self, rows: Int32) -> list[tuple[Policy, Int32]]:
         """Return those of running rows that can be made to forget blocks, by policy.

@@ -1,13 +1,11 @@
 """Running sequences as a struct of arrays: one row each, and their block tables beside them."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64, at_rows, plan_width
-from pagedkv.core.gaps import close_gaps
+from pagedkv.core.gaps import Holes, close_gaps
 from pagedkv.core.request import Sequence
+from pagedkv.core.sampling import SamplingColumns
 from pagedkv.core.tokens import TokenColumns
 
 __all__ = ["SequenceTable"]
@@ -16,7 +14,6 @@ FIRST_TOKENS = 64
 FIRST_BLOCKS = 16
 FREE = -1
 ENTRY_COLUMNS = ("block_table", "first_position", "turn", "score", "weight", "mass")
-NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 SCORE_COLUMNS = ENTRY_COLUMNS[3:]
 PROGRESS_COLUMNS = (
     "num_blocks",
@@ -65,8 +62,7 @@ class SequenceTable:
         turn: Beside it, by how many positions queries are turned before they meet the block: 0
             where none is in use, or the policy closes no gaps (`positions`).
         score, weight, mass: Beside it, what the eviction policy knows of each block.
-        penalised: Whether any penalty is set in ``sampling``.
-        stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
+        sampling: How tokens are drawn, and which end the sequence: columns of their own.
         keeps_scores: Whether any sequence so far could forget.
         kept_columns: Those that some policy so far reads; the others stay 0, and are not moved.
 
@@ -116,19 +112,7 @@ class SequenceTable:
         self.score: Float32 = np.zeros(entries, np.float32)
         self.weight: Float32 = np.zeros(entries, np.float32)
         self.mass: Float32 = np.zeros(entries, np.float32)
-        self.stop_ids: Int32 = np.full((rows, 1), -1, np.int32)
-        self.sampling: dict[str, npt.NDArray[Any]] = {
-            "temperature": np.zeros(rows, np.float32),
-            "top_p": np.ones(rows, np.float32),
-            "top_k": np.zeros(rows, np.int32),
-            "min_p": np.zeros(rows, np.float32),
-            "seed": np.zeros(rows, np.uint64),
-            "num_logprobs": np.full(rows, -1, np.int32),
-            "repetition_penalty": np.ones(rows, np.float32),
-            "presence_penalty": np.zeros(rows, np.float32),
-            "frequency_penalty": np.zeros(rows, np.float32),
-        }
-        self.penalised: Bool = np.zeros(rows, np.bool_)
+        self.sampling = SamplingColumns(rows)
         self.sequences: list[Sequence | None] = [None] * rows
         self.num_free_rows = rows
         self.running: Int32 = np.zeros(0, np.int32)
@@ -138,6 +122,12 @@ class SequenceTable:
     def free_rows(self) -> Int32:
         """Rows that no running or reserved sequence holds, lowest first."""
         return np.flatnonzero(self.seq_id == FREE).astype(np.int32)
+
+    def tables_of(self, rows: Int32) -> Int64:
+        """Return the tables of rows, [B], counted group after group: [groups * B]."""
+        first = np.arange(self.num_groups)[:, None] * self.num_rows
+        tables: Int64 = (first + rows).ravel()
+        return tables
 
     def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
         """Write a sequence's facts into a row: its tokens, limits and sampling columns.
@@ -171,28 +161,13 @@ class SequenceTable:
         self.forked[row] = False
         self.publishes[row] = True
         self.tenant[row] = seq.tenant_id
-        self._bind_stops(row, stop_ids)
-        for name, column in self.sampling.items():
-            if name not in ("seed", "num_logprobs"):
-                column[row] = getattr(params, name)
-        self.sampling["seed"][row] = seq.seed
-        self.penalised[row] = any(getattr(params, name) != at for name, at in NO_PENALTY.items())
-        reported = 0 if params.ranks and params.logprobs is None else params.logprobs
-        reported = params.num_candidates(len(stop_ids)) or reported
-        self.sampling["num_logprobs"][row] = -1 if reported is None else reported
+        self.sampling.bind(seq, row, stop_ids)
         self.cumulative[row] = seq.cumulative
         wanted = params.prompt_logprobs
         self.prompt_logprobs[row] = -1 if wanted is None else wanted
         self.num_scored[row] = seq.num_scored
         self.sequences[row] = seq
         self.num_free_rows -= 1
-
-    def _bind_stops(self, row: int, stop_ids: list[int]) -> None:
-        short = len(stop_ids) - self.stop_ids.shape[1]
-        if short > 0:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, short)), constant_values=-1)
-        self.stop_ids[row] = -1
-        self.stop_ids[row, : len(stop_ids)] = stop_ids
 
     def start(self, row: int) -> None:
         """Append a bound row to the order of running."""
@@ -257,7 +232,7 @@ class SequenceTable:
             self._append_run(int(rows[0]), ids)
             return
         # Flat indices: looking up by group, row and entry takes several times as long.
-        where = counts.ravel().nonzero()[0]
+        where = np.flatnonzero(counts != 0)
         group, member = np.divmod(where, len(rows)) if len(counts) > 1 else (0, where)
         row = rows[member]
         table = group * self.num_rows + row
@@ -288,36 +263,32 @@ class SequenceTable:
         ahead = np.arange(first * size - resident, end * size - resident, size, np.int32)
         self.first_position[0, row, first:end] = ahead + self.num_computed[row]
 
-    def drop_blocks(self, rows: Int32, gone: Bool) -> tuple[Int32, Int32]:
+    def drop_blocks(self, rows: Int32, holes: Holes) -> Int32:
         """Drop table entries and close the gaps; the order of the rest stands.
 
         Args:
             rows: [B] Rows, each at most once. All rotate or none does, unless what goes lies before
                 all that stays: then nothing turns.
-            gone: [groups, B, width] Which entries go; all of them are in use.
+            holes: Which entries go; all of them are in use.
 
         Returns:
-            The dropped block ids, each table's tail first; and how many each lost: [groups, B].
+            The dropped block ids, each table's tail first.
         """
-        width, columns = gone.shape[2], self.block_table.shape[2]
-        table = (np.arange(self.num_groups)[:, None] * self.num_rows + rows).ravel()
-        gaps = close_gaps(gone.reshape(-1, width), table * columns)
-        dropped = self.block_table.reshape(-1).take(gaps.gone)
-        for name in ("block_table", *self.kept_columns):
-            column = getattr(self, name)
-            moved = column.reshape(-1).take(gaps.source, mode="clip")
-            if name == "turn" and self.rotates[rows[0]]:
-                # Nearer by all that went; but it has moved up itself for what went before it.
-                moved -= gaps.behind * np.int32(self.block_size)
-            moved.reshape(-1)[gaps.past] = 0
-            column.reshape(-1, columns)[table, :width] = moved
+        table = self.tables_of(rows)
+        gaps = close_gaps(holes, self.block_table.shape[2])
+        for name in self.kept_columns:
+            turns = name == "turn" and self.rotates[rows[0]]
+            # Nearer by all that went; but it has moved up itself for what went before it.
+            less = gaps.behind * np.int32(self.block_size) if turns else None
+            gaps.close(getattr(self, name), table, less)
+        dropped: Int32 = gaps.close(self.block_table, table).reshape(-1).take(gaps.gone)
         by_token = np.flatnonzero(self.by_token[rows])
         if len(by_token):
             resident = self.num_resident[:, rows[by_token]]
-            self.tokens.drop_blocks(rows[by_token], gone[:, by_token], resident, self.block_size)
-        lost: Int32 = gaps.lost.reshape(gone.shape[:2]).astype(np.int32)
-        self.num_blocks[:, rows] -= lost
-        return dropped, lost
+            gone = holes.mask[:, by_token]
+            self.tokens.drop_blocks(rows[by_token], gone, resident, self.block_size)
+        self.num_blocks[:, rows] -= holes.lost
+        return dropped
 
     def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:
         """Give rows that evict by token other blocks for the tokens that stayed.

@@ -106,6 +106,12 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.adaptive is not None and self.unit == "block"
 
     @property
+    def agrees(self) -> bool:
+        """Whether all tables of a sequence give up the same entries, windows apart."""
+        alike = self.spread == "uniform" and self.scorer().observe == "none"
+        return alike and not self.shrinks
+
+    @property
     def scores_errors(self) -> bool:
         """Whether entries are ranked by how far the output moves without them."""
         return self.evicts and self.scorer().observe == "lobo_sum"

@@ -104,6 +104,8 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
             parameter.
         static: The observation never changes once the block is sealed.
         relative: Ranks are amounts of attention, so ``threshold`` may compare them to their mean.
+        weighs: Ranks depend on how many queries observed an entry, or on where it stands; not only
+            on whether any did.
     """
 
     observe: str
@@ -115,6 +117,7 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
     lookback: int | Literal["window"] | None = None
     static: bool = False
     relative: bool = True
+    weighs: bool = True
 
     @property
     def counts(self) -> bool:
@@ -229,7 +232,7 @@ def _hash(view: View, _: Cadence, seed: float) -> Float32:
 
 SCORES: dict[str, Score] = {
     # Accumulated mass. Favours the old even under uniform attention (H2O, Zhang et al. 2023).
-    "sum": Score(observe="mass_sum", update=_add, rank=_total),
+    "sum": Score(observe="mass_sum", update=_add, rank=_total, weighs=False),
     # Mass per query that could see the block (kvpress "observed attention").
     "mean": Score(observe="mass_sum", update=_add, rank=_mean),
     # The most that any one query cared.
