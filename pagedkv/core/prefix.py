@@ -25,6 +25,9 @@ FEW = 256
 
 END, UNUSED, REMOVED = -1, -2, -4
 
+blank_state = blake2b(digest_size=DIGEST_BYTES).copy
+"""A hash of nothing yet: copying one takes half the time of making one."""
+
 
 def chain_root(salt: str, block_size: int) -> bytes:
     """Return the parent hash of a first block; differs for every salt and block size."""
@@ -49,15 +52,17 @@ def extend_chain(
     stride = block_size * token_ids.itemsize
     for begin in range(0, len(content), stride):
         # `block_digest`, without a call per block: long prompts spend their time here.
-        parent = blake2b(
-            parent + content[begin : begin + stride], digest_size=DIGEST_BYTES
-        ).digest()
+        state = blank_state()
+        state.update(parent + content[begin : begin + stride])
+        parent = state.digest()
         hashes.append(parent)
 
 
 def block_digest(parent: bytes, content: bytes) -> bytes:
     """Return the hash of a full block from its parent's and its own tokens, int32 in order."""
-    return blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
+    state = blank_state()
+    state.update(parent + content)
+    return state.digest()
 
 
 class PrefixIndex:
@@ -235,7 +240,7 @@ class PrefixIndex:
             The blocks of those entries: [N] ids, those in ``ids`` included.
         """
         entries = self._entries_of(ids)
-        blocks = self._blocks_of(entries).ravel()
+        blocks = entries if self.num_groups == 1 else self._blocks_of(entries).ravel()
         self._next[entries] = REMOVED - self._next.take(entries)
         self._count -= len(entries)
         if self.num_groups > 1:

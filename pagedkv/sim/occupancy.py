@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
-from pagedkv.core.leap import Leap
+from pagedkv.core.leap import Leg
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan
 from pagedkv.core.scheduler import Scheduler
@@ -33,7 +33,7 @@ class Pool(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """The steps of a leap: how long, which took how many blocks, and what they began with."""
+    """The steps of a leg: how long, which took how many blocks, and what they began with."""
 
     ends: Float64
     seconds: Float64
@@ -41,7 +41,7 @@ class _Stretch(NamedTuple):
     pool: Pool
     running: int
     waiting: int
-    wasted: int  # slots of held blocks that are empty, after the first step
+    wasted: int  # slots of held blocks that are empty, after the first step but for what it takes
     entries: int  # of all block tables, during the first step
     freed: int  # how many fewer each step after it leaves empty, but for the blocks it takes
     first: int  # tokens that the first step computes
@@ -52,7 +52,7 @@ class _Stretch(NamedTuple):
 class Occupancy:
     """Series of one engine's pool, and the busiest second of its clock.
 
-    Leaps are kept as they are and unfolded many at once.
+    Legs of leaps are kept as they are and unfolded many at once.
 
     Attributes:
         series: Of the quantities in `SERIES`.
@@ -128,42 +128,41 @@ class Occupancy:
         self._most_entries = max(self._most_entries, self._entries)
         self._count(ends.astype(np.int64), np.array([drawn]))
 
-    def leap(self, leap: Leap, pool: Pool, ends: Float64, seconds: Float64) -> None:
-        """Take in an extended leap before it is committed.
+    def leg(self, leg: Leg, pool: Pool, ends: Float64, seconds: Float64) -> None:
+        """Take in a leg before it is committed.
 
         Args:
-            pool: As it was during the first step.
-            ends, seconds: [K] When each step ended, and how long it took.
+            pool: As it was before its blocks were taken.
+            ends, seconds: [K] When each of its steps ended, and how long it took.
         """
-        batch = leap.decision.batch
-        entries, wasted = self._in_use(batch.num_tokens, len(leap.taken_at))
+        entries, wasted = self._in_use(leg.num_tokens, len(leg.taken_at))
         self._stretches.append(
             _Stretch(
                 ends=ends,
                 seconds=seconds,
-                taken_at=leap.taken_at,
+                taken_at=leg.taken_at,
                 pool=pool,
-                running=len(leap.then),
+                running=len(leg.then),
                 waiting=self._scheduler.num_waiting,
                 wasted=wasted,
                 entries=entries,
-                freed=len(leap.resident) * leap.more,
-                first=batch.num_tokens,
-                then=leap.more,
-                drawn=len(leap.drawing),
+                freed=len(leg.resident) * leg.more,
+                first=leg.num_tokens,
+                then=leg.more,
+                drawn=len(leg.drawing),
             )
         )
         if len(self._stretches) >= _AT_ONCE:
             self._unfold()
 
     def _unfold(self) -> None:
-        """Count the leaps that have come in, step by step."""
+        """Count the legs that have come in, step by step."""
         if not self._stretches:
             return
         stretches, self._stretches = self._stretches, []
         steps = np.array([len(each.ends) for each in stretches])
         start = np.cumsum(steps) - steps
-        # What each step is like, from what its leap began with.
+        # What each step is like, from what its leg began with.
         facts = np.repeat(np.array([(*e.pool, *e[4:]) for e in stretches]), steps, axis=0)
         held, cached, blank, running, waiting, wasted, entries, freed, first, then, drawn = facts.T
         repeat = np.arange(len(facts)) - np.repeat(start, steps)
@@ -185,7 +184,7 @@ class Occupancy:
 
     @staticmethod
     def _taken_so_far(stretches: list[_Stretch], start: Int64, steps: Int64) -> Int64:
-        """Return how many blocks each step's leap had taken by then."""
+        """Return how many blocks each step's leg had taken by then."""
         taken_at = np.concatenate([each.taken_at for each in stretches])
         of = np.repeat(start, [len(each.taken_at) for each in stretches])
         taken: Int64 = np.bincount(taken_at + of, minlength=int(steps.sum()))

@@ -11,7 +11,7 @@ import numpy as np
 from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
 from pagedkv.core.arrays import Float64
 from pagedkv.core.engine import Engine
-from pagedkv.core.leap import commit_leap, extend_leap, schedule_leap
+from pagedkv.core.leap import begin_leg, commit_leg, extend_leap, schedule_leap
 from pagedkv.core.request import FinishedSequence, Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition, NeverFits
@@ -101,15 +101,18 @@ class Replica:
         self.recorder.add(seq_ids[0], request, name)
         return True
 
-    def advance(self, until: float) -> list[tuple[SimRequest, bool]]:
+    def advance(self, until: float, *, past_ends: bool = False) -> list[tuple[SimRequest, bool]]:
         """Step until the clock reaches ``until``, nothing is left, or requests have ended.
 
+        Args:
+            past_ends: Whether a leap in which some end may go on: nobody needs to know when.
+
         Returns:
-            The requests that ended in the last step, and of each whether it was served.
+            The requests that ended in the last step, or leap, and of each whether it was served.
         """
         ended: list[tuple[SimRequest, bool]] = []
         while not ended and self.clock < until and self.busy:
-            leaping = self._leap(until) if self._leaps else None
+            leaping = self._leap(until, past_ends=past_ends) if self._leaps else None
             finished = self._step() if leaping is None else leaping
             ended = [
                 (self._requests.pop(end.request_id), end.finish_reason != "error")
@@ -131,28 +134,34 @@ class Replica:
                 where=f"step {self.scheduler.totals.num_steps - 1}",
             )
 
-    def _leap(self, until: float) -> list[FinishedSequence] | None:
+    def _leap(self, until: float, *, past_ends: bool) -> list[FinishedSequence] | None:
         """Take steps as one until the clock reaches ``until``, or as long as they are alike; who
         ended. None, and nothing happened, if that cannot be foreseen.
         """
         scheduler = self.scheduler
-        leap = schedule_leap(scheduler, _LONGEST_LEAP)
+        leap = schedule_leap(scheduler, _LONGEST_LEAP, past_ends=past_ends)
         if leap is None:
             return None
         rows = leap.decision.batch.rows
         seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
         ends = _ends(self.clock, seconds, until)
-        tokens = self.executor.leap_tokens(scheduler.table, leap, len(ends))
-        pool = Pool.of(scheduler.manager)
-        leap = extend_leap(scheduler, leap, tokens)
-        steps = leap.steps
-        self.recorder.leap(leap, pool, self.clock, ends[:steps], seconds[:steps])
-        finished = commit_leap(scheduler, leap)
+        leap = extend_leap(
+            scheduler, leap, self.executor.leap_tokens(scheduler.table, leap, len(ends))
+        )
+        self.recorder.leap(leap, self.clock, ends)
+        finished: list[FinishedSequence] = []
+        leg = None
+        for stop in leap.stops:
+            pool = Pool.of(scheduler.manager)
+            leg = begin_leg(scheduler, leap, leg)
+            self.recorder.leg(leg, pool, ends, seconds)
+            ended = commit_leg(scheduler, leap, leg)
+            self.recorder.end(ended, float(ends[stop - 1]))
+            finished += ended
         self._check_progress(len(rows), finished)
-        self.executor.land(leap, float(ends[steps - 1]))
+        self.executor.land(leap, float(ends[leap.steps - 1]))
         self.clock = self.executor.clock
-        self.recorder.end(finished, self.clock)
-        self.num_leaps += steps > 1
+        self.num_leaps += leap.steps > 1
         return finished
 
 
@@ -290,7 +299,7 @@ class Cluster:
             if len(behind) > 1 and self._feeds_back:
                 horizon = min(r.clock for r in behind if r is not replica)
                 horizon = max(horizon, np.nextafter(replica.clock, np.inf))
-            ended = replica.advance(horizon)
+            ended = replica.advance(horizon, past_ends=not self._feeds_back)
             if ended:
                 for request, served in ended:
                     self._follow(request if served else None, replica.clock)

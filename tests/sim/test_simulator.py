@@ -170,6 +170,15 @@ def test_leaps_are_taken():
     assert found.summary["num_steps"] == 200
 
 
+def test_a_leap_goes_on_past_ends_unless_somebody_has_to_know_of_them():
+    asks = [request(0, 10, outputs, key) for key, outputs in enumerate((50, 100, 100, 200))]
+    alone = pagedkv.simulate(config(400), listed(*asks))
+    assert (alone.summary["num_steps"], alone.summary["num_leaps"]) == (200, 1)
+    users = pagedkv.simulate(config(400), listed(*asks), max_concurrency=4)
+    assert (users.summary["num_steps"], users.summary["num_leaps"]) == (200, 3)
+    assert outcome(alone)[0] == outcome(users)[0]
+
+
 def test_everything_asked_is_served_or_counted():
     huge = request(0.5, 5000, 4, 9)
     found = pagedkv.simulate(config(), listed(request(0, 10, 5, 0), huge, request(1, 10, 5, 1)))
