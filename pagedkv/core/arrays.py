@@ -65,3 +65,14 @@ def whole_tables(column: npt.NDArray[Any]) -> npt.NDArray[np.void]:
     """
     items = column.reshape(-1, column.shape[2])
     return items.view(np.dtype((np.void, items.itemsize * items.shape[1])))[:, 0]
+
+
+def with_room(array: Int64, size: int) -> Int64:
+    """Return an array that is at least ``size`` long along every axis: itself, or one twice as
+    long, zeros behind what it held. So growing one by one costs a constant per entry.
+    """
+    if len(array) >= size:
+        return array
+    wider = np.zeros((max(size, 2 * len(array)),) * array.ndim, array.dtype)
+    wider[tuple(map(slice, array.shape))] = array
+    return wider

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pagedkv.config import CacheConfig
-from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
 from pagedkv.core.batch import Batch
 from pagedkv.core.compaction import Repacking, repack
 from pagedkv.core.gaps import Holes
@@ -78,11 +78,11 @@ class BlockManager:
 
     def pledged_blocks(self, rows: Int32) -> int:
         """Return how many blocks rows still need for the tokens they already know."""
-        table = self.table
+        table, at = self.table, at_rows(rows)
         # Of what was forgotten no more is needed.
-        tokens = table.num_resident[:, rows] + (table.num_known[rows] - table.num_computed[rows])
-        known = np.minimum(-(-tokens // self.block_size), table.max_blocks[rows])
-        return int(np.maximum(known - table.num_blocks[:, rows], 0).sum())
+        tokens = table.num_resident[:, at] + (table.num_known[at] - table.num_computed[at])
+        known = np.minimum(-(-tokens // self.block_size), table.max_blocks[at])
+        return int(np.maximum(known - table.num_blocks[:, at], 0).sum())
 
     def num_distinct(self, rows: Int32 | Int64) -> int:
         """Return how many blocks rows hold, those that several hold counted once."""

@@ -7,6 +7,7 @@ chance worth counting, so tokens are not compared again.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby, takewhile
 from struct import Struct, unpack
@@ -29,6 +30,7 @@ blank_state = blake2b(digest_size=DIGEST_BYTES).copy
 """A hash of nothing yet: copying one takes half the time of making one."""
 
 
+@lru_cache
 def chain_root(salt: str, block_size: int) -> bytes:
     """Return the parent hash of a first block; differs for every salt and block size."""
     key = blake2b(salt.encode()).digest()
@@ -117,7 +119,7 @@ class PrefixIndex:
         """Return whether any of the hashes can be found."""
         if len(hashes) > FEW:
             return bool((self._find_many(hashes) >= 0).any())
-        return any(entry >= 0 for entry in self._find(hashes))
+        return max(self._find(hashes), default=END) >= 0
 
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""

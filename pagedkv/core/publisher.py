@@ -138,10 +138,8 @@ class Publisher:
         """Return the tokens of a block of each row, one after the other: what decoding fills is
         gathered at once.
         """
-        size = self._size
-        return self._table.token_ids[
-            rows[:, None], first[:, None] * size + np.arange(size)
-        ].tobytes()
+        tokens = self._table.token_ids
+        return tokens.reshape(len(tokens), -1, self._size)[rows, first].tobytes()
 
     def _record(self, rows: Int32, first: Int32, counts: Int32, fresh: Ids[int]) -> None:
         ends = np.cumsum(counts).tolist()

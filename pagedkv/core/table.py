@@ -10,7 +10,6 @@ from pagedkv.core.tokens import TokenColumns
 
 __all__ = ["SequenceTable"]
 
-FIRST_TOKENS = 64
 FIRST_BLOCKS = 16
 FREE = -1
 ENTRY_COLUMNS = ("block_table", "first_position", "turn", "score", "weight", "mass")
@@ -94,7 +93,7 @@ class SequenceTable:
         self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
         self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
-        self.token_ids: Int32 = np.zeros((rows, FIRST_TOKENS), np.int32)
+        self.token_ids: Int32 = np.zeros((rows, FIRST_BLOCKS * block_size), np.int32)
         self.next_position: Int32 = np.zeros(rows, np.int32)
         self.num_evicted: Int64 = np.zeros(rows, np.int64)
         self.cumulative: Float64 = np.zeros(rows, np.float64)
@@ -198,9 +197,12 @@ class SequenceTable:
         self.running = self.running[self.runs[self.running]]
 
     def reserve_tokens(self, width: int) -> None:
-        """Make ``token_ids`` at least ``width`` wide."""
-        if width > self.token_ids.shape[1]:
-            self.token_ids = self._widened(self.token_ids, max(width, 2 * self.token_ids.shape[1]))
+        """Make ``token_ids`` at least ``width`` wide, and as wide as whole blocks are."""
+        before, size = self.token_ids.shape[1], self.block_size
+        if width > before:
+            self.token_ids = self._widened(
+                self.token_ids, max(-(-width // size) * size, 2 * before)
+            )
 
     def reserve_blocks(self, width: int) -> None:
         """Make ``block_table`` and what stands beside it at least ``width`` wide."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.arrays import Int32, Int64, with_room
 from pagedkv.errors import ConfigError, InvalidRequest
 
 __all__ = ["NO_QUOTA", "Tenants"]
@@ -21,8 +21,7 @@ class Tenants:
         num_blocks: Blocks in the pool.
 
     Attributes:
-        quota: [tenants] The most blocks that a tenant's running sequences may hold.
-        served: [tenants] Tokens computed, first time only, plus tokens generated.
+        quota: [at least tenants] The most blocks that a tenant's running sequences may hold.
         limited: Whether any tenant has a quota.
 
     Raises:
@@ -45,8 +44,13 @@ class Tenants:
             self._ids[name] = len(quotas)
             quotas.append(blocks)
         self.quota: Int64 = np.array(quotas, np.int64)
-        self.served: Int64 = np.zeros(len(quotas), np.int64)
+        self._served: Int64 = np.zeros(len(quotas), np.int64)
         self.limited = min(quotas, default=NO_QUOTA) < NO_QUOTA
+
+    @property
+    def served(self) -> Int64:
+        """[tenants] Tokens computed, first time only, plus tokens generated."""
+        return self._served[: len(self._ids)]
 
     def check(self, name: str, request_id: str) -> None:
         """Refuse a tenant that is not listed, if there is a list.
@@ -88,9 +92,10 @@ class Tenants:
             at_work: Numbers of the tenants with requests in work.
         """
         if name not in self._ids:
-            self._ids[name] = len(self.quota)
-            self.quota = np.append(self.quota, NO_QUOTA)
-            self.served = np.append(self.served, 0)
+            number = self._ids[name] = len(self._ids)
+            self.quota = with_room(self.quota, number + 1)
+            self._served = with_room(self._served, number + 1)
+            self.quota[number] = NO_QUOTA
         number = self._ids[name]
         if at_work and number not in at_work:
             mean = -(-int(self.served[list(at_work)].sum()) // len(at_work))
@@ -99,15 +104,13 @@ class Tenants:
 
     def charge(self, tenants: Int32, tokens: Int32 | int) -> None:
         """Count tokens served: [N] tenants, [N] tokens, or so many each."""
-        if isinstance(tokens, int):
-            if len(self.served) == 1:
-                self.served += tokens * len(tenants)
-                return
-            tokens = np.full(len(tenants), tokens, np.int32)
-        elif len(self.served) == 1:
-            self.served += int(tokens.sum())
+        if len(self._ids) == 1:
+            self._served[0] += tokens * len(tenants) if isinstance(tokens, int) else tokens.sum()
             return
-        self.served += np.bincount(tenants, tokens, minlength=len(self.served)).astype(np.int64)
+        if isinstance(tokens, int):
+            tokens = np.full(len(tenants), tokens, np.int32)
+        total = np.bincount(tenants, tokens, minlength=len(self._served))
+        self._served += total.astype(np.int64)
 
 
 def _fault(entry: str, remedy: str) -> ConfigError:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int64
+from pagedkv.core.arrays import Float64, Int64, with_room
 from pagedkv.core.request import FinishedSequence
 from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.workload import SimRequest
@@ -41,23 +41,27 @@ class Accounts:
 
     Attributes:
         number: Each tenant's place in that order.
-        evictions: [by, from] Blocks of one tenant that another's sequences took.
     """
 
     def __init__(self) -> None:
         self.of: dict[str, Account] = {}
         self.number: dict[str, int] = {}
-        self.evictions: Int64 = np.zeros((0, 0), np.int64)
+        self._evictions: Int64 = np.zeros((0, 0), np.int64)
 
     def __len__(self) -> int:
         return len(self.of)
+
+    @property
+    def evictions(self) -> Int64:
+        """[by, from] Blocks of one tenant that another's sequences took."""
+        return self._evictions[: len(self.of), : len(self.of)]
 
     def ask(self, tenant: str, times: int = 1) -> None:
         """Count what a tenant wants served; one that has no account gets one."""
         if tenant not in self.of:
             self.number[tenant] = len(self.number)
             self.of[tenant] = Account()
-            self.evictions = np.pad(self.evictions, ((0, 1), (0, 1)))
+            self._evictions = with_room(self._evictions, len(self.of))
         self.of[tenant].asked += times
 
     def finish(
@@ -80,7 +84,7 @@ class Accounts:
         for name in other.of:
             self.ask(name, times=0)
         at = np.array([self.number[name] for name in other.of], np.int64)
-        self.evictions[np.ix_(at, at)] += other.evictions
+        self._evictions[np.ix_(at, at)] += other.evictions
         for name, theirs in other.of.items():
             mine = self.of[name]
             for field, value in vars(theirs).items():

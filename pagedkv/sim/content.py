@@ -17,6 +17,7 @@ from pagedkv.core.arrays import Int32, Int64, UInt64
 
 __all__ = [
     "Content",
+    "first_tokens",
     "lane_tokens",
     "stream_id",
     "stream_ids",
@@ -78,7 +79,7 @@ def lane_tokens(lanes: Int64 | tuple[int, int], offsets: Int64 | Int32) -> Int32
     return tokens
 
 
-def _from_start(stream: int, length: int) -> Int32:
+def first_tokens(stream: int, length: int) -> Int32:
     """Return a stream's first tokens: [length]. What wraps around 32 bits is above the lane."""
     tokens = np.arange(length, dtype=np.uint32) * np.uint32(_STEP)
     for first, lane in enumerate(_lanes(stream)):
@@ -110,7 +111,7 @@ class Content(Struct, frozen=True, eq=False):
         if self.exact is not None:
             return self.exact
         if len(self.streams) == 1 and self.starts is None:
-            return _from_start(int(self.streams[0]), int(self.lengths[0]))
+            return first_tokens(int(self.streams[0]), int(self.lengths[0]))
         lanes = stream_lanes(self.streams)
         before = np.cumsum(self.lengths) - self.lengths
         shift = before if self.starts is None else before - self.starts

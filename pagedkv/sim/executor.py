@@ -8,7 +8,7 @@ from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
-from pagedkv.sim.content import stream_tokens, text
+from pagedkv.sim.content import first_tokens, stream_tokens
 from pagedkv.sim.cost import CostModel, leap_work, step_work
 
 __all__ = ["CostExecutor"]
@@ -97,7 +97,7 @@ class CostExecutor:
             wider = np.zeros((table.num_rows, length), np.int32)
             wider[: len(self._answers), : self._answers.shape[1]] = self._answers
             self._answers = wider
-        self._answers[row, :length] = text(stream, length).token_ids()
+        self._answers[row, :length] = first_tokens(stream, length)
 
     def land(self, leap: Leap, end: float) -> None:
         """Set the clock to the end of a leap, and count what it moved."""

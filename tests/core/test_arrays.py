@@ -1,10 +1,10 @@
-"""Rows as slices, and columns that all groups share."""
+"""Rows as slices, columns that all groups share, and arrays that grow."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv.core.arrays import alike, at_rows
+from pagedkv.core.arrays import alike, at_rows, with_room
 
 
 @given(st.lists(st.integers(0, 6), max_size=6))
@@ -20,3 +20,20 @@ def test_a_column_is_shared_only_if_every_group_has_the_same():
     same, other = np.array([[1, 2], [1, 2]]), np.array([[1, 2], [1, 3]])
     assert alike(same).tolist() == [[1, 2]]
     assert alike(other).tolist() == other.tolist()
+
+
+@given(st.integers(1, 2), st.lists(st.integers(0, 40), max_size=8))
+def test_an_array_grows_along_every_axis_and_keeps_what_it_held(axes, sizes):
+    array, copies, held = np.zeros((0,) * axes, np.int64), 0, {}
+    for value, size in enumerate(sizes, 1):
+        before = array
+        array = with_room(array, size)
+        copies += array is not before
+        assert array.ndim == axes
+        assert all(length >= size for length in array.shape)
+        assert all(array[at] == was for at, was in held.items())
+        assert np.count_nonzero(array) == len(held)
+        if size:
+            at = (size - 1,) * axes
+            array[at] = held[at] = value
+    assert copies <= 1 + np.log2(max([1, *sizes]))  # each is at least twice as long

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pagedkv import ConfigError, InvalidRequest, NeverFits
+from pagedkv.core.tenants import NO_QUOTA, Tenants
 from tests.core.answers import Service
 from tests.core.fakes import Driver, make_config, make_request
 
@@ -310,3 +311,18 @@ def test_tenants_that_come_and_go_do_not_starve_one_that_stays():
             break
     # Twenty requests of nine steps each, an eighth of two rows, and as long again to catch up.
     assert service.ended_at["heavy19"] < 2000
+
+
+def test_tenants_that_were_not_named_come_in_one_by_one_without_quotas():
+    tenants = Tenants((), 10)
+    charged = Counter()
+    for i in range(40):
+        number = tenants.welcome(f"{i % 25}", [])
+        assert number == i % 25
+        tenants.charge(np.array([number, 0], np.int32), 2)
+        tenants.charge(np.array([number], np.int32), np.array([i], np.int32))
+        charged.update({number: 2 + i})
+        charged.update({0: 2})
+        assert tenants.served.tolist() == [charged[n] for n in range(min(25, i + 1))]
+        assert tenants.quota_of(f"{number}") == NO_QUOTA
+    assert not tenants.limited
