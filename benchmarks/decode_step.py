@@ -8,6 +8,12 @@ The first form times the parts of a step with clocks around the functions that d
 what it calls. A clock costs about a microsecond, charged to whoever calls; there are some 700 a
 step. Medians over steps. With `--budget` nothing but whole steps are timed: a full-cache engine and
 one whose policy keeps that many tokens share the model and take turns, a step each.
+
+Prompts of 16 times 4,096 tokens take minutes to compute, and what a decode step costs afterwards
+does not depend on what keys and values say. So with `--budget` the prompts are scheduled and
+committed but not computed: the scheduler's own plans, evictions and block tables, answered with
+made-up tokens and, where a policy scores by attention, the simulator's synthetic masses; then all
+blocks are filled with normal numbers. The decode steps are real. `--prefill` computes the prompts.
 """
 
 import argparse
@@ -15,12 +21,14 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from pagedkv import LLM, SamplingParams
 from pagedkv.cli.machine import cores, machine, versions
 from pagedkv.cli.results import check_writable, write_result
+from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import Request
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.device import executor, passes
@@ -30,6 +38,8 @@ from pagedkv.device.operators import CpuPagedOp
 from pagedkv.device.passes import Pass
 from pagedkv.device.store import KVStore
 from pagedkv.eviction.language import format_policy, policy
+from pagedkv.sim.executor import CostExecutor
+from pagedkv.sim.presets import cost_preset
 
 BLOCK = 16
 STEP_TOKENS = 2048
@@ -89,8 +99,27 @@ def attach(clocks: Clocks, loaded: LoadedModel) -> None:
     clocks.wrap(Scheduler, "commit", "planning and commit")
 
 
-def engine(loaded: LoadedModel, options: argparse.Namespace, eviction: str) -> LLM:
-    """Return an LLM whose users have all been prefilled to their context."""
+class Unread(CostExecutor):
+    """Answers plans and computes nothing: prompts that nobody is going to read."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(cost_preset("a100-llama3-8b"), BLOCK)  # its clock is not looked at
+        self.vocab_size = llm.config.model.vocab_size
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Draw some token of the vocabulary for each sample."""
+        result = super().execute(plan)
+        return msgspec.structs.replace(result, token_ids=result.token_ids % self.vocab_size)
+
+
+def engine(
+    loaded: LoadedModel, options: argparse.Namespace, eviction: str, *, prefill: bool
+) -> LLM:
+    """Return an LLM whose users have all been prefilled to their context.
+
+    Args:
+        prefill: Compute the prompts; else their keys and values are normal numbers.
+    """
     # Who is prefilled first decodes while the others still are.
     most = options.steps + 2 * -(-options.users * options.context // STEP_TOKENS) + 8
     llm = LLM(
@@ -108,33 +137,40 @@ def engine(loaded: LoadedModel, options: argparse.Namespace, eviction: str) -> L
     for i, prompt in enumerate(prompts.tolist()):
         request = Request(request_id=str(i), prompt_token_ids=prompt, sampling=params)
         llm.scheduler.add(request)
+    real = llm.engine.executor
+    if not prefill:
+        llm.engine.executor = Unread(llm)
+        generator = torch.Generator().manual_seed(options.seed)
+        for pool in (*llm.store.keys, *llm.store.values):
+            pool.normal_(generator=generator)
     while True:
         plan, _, _ = llm.engine.step()
         if (np.diff(plan.query_start) == 1).sum() == options.users:
             break
+    llm.engine.executor = real
     return llm
 
 
-def timed_step(llm: LLM, users: int) -> float:
-    """Take a decode step of all users; seconds."""
+def timed_step(llm: LLM, users: int) -> tuple[float, float]:
+    """Take a decode step of all users; seconds, and the mean of what each one's tables hold."""
     begin = time.perf_counter()
     plan, _, _ = llm.engine.step()
     lasted = time.perf_counter() - begin
     assert plan.num_tokens == users, "not a decode step of all users"
-    return lasted
+    return lasted, float(plan.num_resident.mean())
 
 
 def shares(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Return each part's median milliseconds of a step."""
-    llm = engine(loaded, options, options.policy or "full")
-    plain = [timed_step(llm, options.users) for _ in range(options.steps // 2)]
+    llm = engine(loaded, options, options.policy or "full", prefill=True)
+    plain = [timed_step(llm, options.users)[0] for _ in range(options.steps // 2)]
     clocks = Clocks()
     attach(clocks, loaded)
     parts: dict[str, list[float]] = defaultdict(list)
     whole = []
     for _ in range(options.steps // 2):
         clocks.seconds.clear()
-        whole.append(timed_step(llm, options.users))
+        whole.append(timed_step(llm, options.users)[0])
         for part, seconds in clocks.seconds.items():
             parts[part].append(seconds)
     step = float(np.median(whole))
@@ -149,18 +185,21 @@ def shares(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 def budgets(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Return whole steps' median milliseconds with the full cache and with a budget."""
     kept = format_policy(policy(options.policy or "streaming", budget=options.budget))
-    llms = {"full": engine(loaded, options, "full"), "budget": engine(loaded, options, kept)}
-    times: dict[str, list[float]] = {name: [] for name in llms}
+    policies = {"full": "full", "budget": kept}
+    llms = {
+        name: engine(loaded, options, eviction, prefill=options.prefill)
+        for name, eviction in policies.items()
+    }
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in llms}
     for _ in range(options.steps):
         for name, llm in llms.items():
-            times[name].append(timed_step(llm, options.users))
-    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    ratio = medians["full"] / medians["budget"]
-    print(
-        f"  full {medians['full'] * 1e3:.1f} ms, {kept} {medians['budget'] * 1e3:.1f} ms: "
-        f"{ratio:.2f}x"
-    )
-    return {"policy": kept, "seconds": times, "medians": medians, "ratio": ratio}
+            steps[name].append(timed_step(llm, options.users))
+    median = {name: np.median(taken, axis=0).tolist() for name, taken in steps.items()}
+    for name, (seconds, tokens) in median.items():
+        print(f"  {policies[name]:48} {seconds * 1e3:7.1f} ms, {tokens:.0f} tokens each")
+    ratio = median["full"][0] / median["budget"][0]
+    print(f"  {ratio:.2f}x")
+    return {"policy": kept, "steps": steps, "medians": median, "ratio": ratio}
 
 
 def main() -> None:
@@ -175,6 +214,7 @@ def main() -> None:
     parser.add_argument("--pack-weights", default="none", help="as LLM's")
     parser.add_argument("--policy", help="default: full; streaming with --budget")
     parser.add_argument("--budget", type=int, help="compare the full cache with this many tokens")
+    parser.add_argument("--prefill", action="store_true", help="compute the prompts of --budget")
     parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
