@@ -1,5 +1,6 @@
 """The array types of the control plane."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,12 @@ def whole_tables(column: npt.NDArray[Any]) -> npt.NDArray[np.void]:
 
     Short runs are gathered and scattered by item in half the time that numpy takes by row.
     """
-    items = column.reshape(-1, column.shape[2])
-    return items.view(np.dtype((np.void, items.itemsize * items.shape[1])))[:, 0]
+    return column.view(_item(column.itemsize * column.shape[2])).reshape(-1)
+
+
+@functools.cache
+def _item(num_bytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, num_bytes))
 
 
 def with_room(array: Int64, size: int) -> Int64:

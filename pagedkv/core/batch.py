@@ -100,11 +100,6 @@ class Batch:
         """[T] Each token's row."""
         return self.rows if self.decodes else self.rows[self.member]
 
-    @cached_property
-    def tables(self) -> Int64:
-        """[groups, T] The table that each token is written through, counted group after group."""
-        return self.table.tables_of(self.token_rows).reshape(self.table.num_groups, -1)
-
     # Facts
 
     @cached_property

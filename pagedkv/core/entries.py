@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pagedkv.config import EngineConfig
-from pagedkv.core.arrays import Float32, Int32, Int64, whole_tables
+from pagedkv.core.arrays import Float32, Int32, at_rows, whole_tables
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.table import SequenceTable
@@ -47,73 +48,74 @@ class Entries:
         blocks = int(self._table.num_blocks[:, rows].max(initial=1))
         return blocks * self._table.block_size // self.size(chosen)
 
-    def view(
-        self,
-        chosen: Policy,
-        rows: Int32,
-        *,
-        width: int | None = None,
-        groups: int | None = None,
-        entries: bool = True,
-    ) -> View:
-        """Return the eviction plane's view of some rows' tables.
+    def facts(self, chosen: Policy, rows: Int32, *, groups: int | None = None) -> View:
+        """Return the eviction plane's view of some rows' tables, without their entries.
 
         Args:
-            width: Entries per table; if omitted, what the widest table has room for.
             groups: The first so many alone; if omitted, all.
-            entries: Whether to gather what is known of entries; if not, the view has none.
         """
         table, layout = self._table, self._layout
         groups = groups or table.num_groups
         heads = self._num_kv_heads if layout.heads_per_group == 1 else 1
         if groups < table.num_groups or table.num_groups % heads:
             heads = 1
-
         row = np.tile(rows, groups) if groups > 1 else rows
-        tables = table.tables_of(rows)[: len(row)]
-        size, computed = self.size(chosen), table.num_computed[row]
-        resident = table.num_resident.reshape(-1)[tables]
-        score = weight = NOT_READ
-        first_position = NO_ENTRIES
-        if entries:
-            width = width or self.width(chosen, rows)
-            score, weight, first_position = self._columns(chosen, tables, width, resident, computed)
         return View(
-            score=score,
-            weight=weight,
-            first_position=first_position,
-            num_resident=resident,
-            num_computed=computed,
+            score=NOT_READ,
+            weight=NOT_READ,
+            first_position=NO_ENTRIES,
+            num_resident=table.num_resident[:groups, rows].ravel(),
+            num_computed=table.num_computed[row],
             num_prompt=table.num_prompt[row],
-            block_size=size,
+            block_size=self.size(chosen),
             stride=table.block_size,
             layers=groups // heads if groups == table.num_groups else 1,
             heads=heads,
             pressure=self._pool.num_held / self._pool.num_blocks,
         )
 
-    def _columns(
-        self, chosen: Policy, tables: Int64, width: int, resident: Int32, computed: Int32
-    ) -> tuple[Float32, Float32, Int32]:
-        """Return score, weight and first position of the entries of tables: [N, width] each.
+    def view(
+        self,
+        chosen: Policy,
+        rows: Int32,
+        *,
+        width: int | None = None,
+        facts: View | None = None,
+    ) -> View:
+        """Return the eviction plane's view of some rows' tables.
 
-        They lie entry after entry: tables are many and short.
+        What is known of entries lies entry after entry: tables are many and short.
+
+        Args:
+            width: The first so many entries of each table; if omitted, all that the widest has
+                room for.
+            facts: What `facts` gives of these rows, of however many groups; if omitted, of all.
         """
-        owner, scorer, size = self.owner(chosen), chosen.scorer(), self.size(chosen)
+        facts = facts or self.facts(chosen, rows)
+        width = width or self.width(chosen, rows)
+        owner, scorer, at = self.owner(chosen), chosen.scorer(), at_rows(rows)
+        tables = self._table.tables_of(rows)[: len(facts.num_resident)]
+        groups = len(tables) // len(rows)
 
         def of(column: Any) -> Any:
+            if isinstance(at, slice):
+                return np.asfortranarray(column[:groups, at, :width].reshape(-1, width))
             held = whole_tables(column).take(tables).view(column.dtype)
             return np.asfortranarray(held.reshape(-1, column.shape[2])[:, :width])
 
-        if scorer.counts and not scorer.weighs:  # all that is asked is who was observed at all
-            sealed = np.arange(width, dtype=np.int32)[:, None] < resident // size
-            return of(owner.score), sealed.astype(np.float32).T, NO_ENTRIES
-        first_position = of(owner.first_position)
+        first_position, score, weight = NO_ENTRIES, NOT_READ, NOT_READ
+        if scorer.weighs or not scorer.counts:
+            first_position = of(owner.first_position)
         if scorer.observe == "none":
             score = weight = np.zeros_like(first_position, np.float32)
-        elif scorer.counts:
-            score = of(owner.score)
-            weight = View.queries_since_sealed(first_position, computed, size)
-        else:
+        elif not scorer.counts:
             score, weight = of(owner.score), of(owner.weight)
-        return score, weight, first_position
+        elif scorer.weighs:
+            score, since = of(owner.score), View.queries_since_sealed
+            weight = since(first_position, facts.num_computed, facts.block_size)
+        else:  # all that is asked is who was observed at all
+            sealed = np.arange(width, dtype=np.int32)[:, None] < facts.num_sealed
+            score, weight = of(owner.score), sealed.astype(np.float32).T
+        return msgspec.structs.replace(
+            facts, score=score, weight=weight, first_position=first_position
+        )

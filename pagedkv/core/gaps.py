@@ -15,7 +15,7 @@ class Holes(Struct, frozen=True, kw_only=True, eq=False):
     """The H entries that go from the tables of B rows, found once for all who ask.
 
     Attributes:
-        mask: [groups, B, width] Which entries go.
+        mask: [groups, B, width] Which entries go; none past that width does.
         table: [H] Their tables, counted group after group; in ascending order.
         entry: [H] Where they stand in those, in ascending order.
         lost: [groups, B] How many each table loses.

@@ -115,7 +115,7 @@ class BlockManager:
     def shortfall(self, batch: Batch) -> int:
         """Return how many blocks are lacking for `grow` with the same batch; 0 is enough."""
         # Whatever their tails are, each takes at most this many.
-        most = batch.num_tokens // self.block_size + 3 * len(batch.rows)
+        most = batch.num_tokens // self.block_size + (3 if batch.forked else 1) * len(batch.rows)
         if most * self.num_groups <= self.pool.num_available:
             return 0
         fresh, copied = self._needs(batch)
@@ -161,7 +161,7 @@ class BlockManager:
         if not batch.forked:
             return fresh, None
         inside = resident % size > 0
-        tails = self._tails(batch.rows)
+        tails = table.tail[:, at]
         shared = inside & (self.pool.references(tails) > 1)
         if shared.any():
             # If every holder of a block writes now, the last of them may keep it.
@@ -178,18 +178,12 @@ class BlockManager:
         copied = self._needs(Batch(self.table, rows, np.ones(len(rows), np.int32)))[1]
         return 0 if copied is None else int(copied.sum())
 
-    def _tails(self, rows: Int32) -> Int32:
-        """Return each table's last block, or 0 where it has none: [groups, B]."""
-        last = np.maximum(self.table.num_blocks[:, rows] - 1, 0)
-        groups = np.arange(self.num_groups)[:, None]
-        tails: Int32 = self.table.block_table[groups, rows[None, :], last]
-        return tails
-
     def _unshare(self, rows: Int32, copied: Bool, targets: Int32) -> Int32:
-        group, member = np.nonzero(copied)
-        sources = self._tails(rows)[copied]
+        table, (group, member) = self.table, np.nonzero(copied)
         at = rows[member]
-        self.table.block_table[group, at, self.table.num_blocks[group, at] - 1] = targets
+        sources = table.tail[group, at]
+        table.block_table[group, at, table.num_blocks[group, at] - 1] = targets
+        table.tail[group, at] = targets
         self.pool.release(sources, self.index.findable(sources))
         return np.stack([sources, targets], axis=1)
 
@@ -278,7 +272,6 @@ class BlockManager:
         """
         ids = self.table.drop_blocks(rows, holes)
         self.pool.release(ids, self.index.findable(ids))
-        self.table.num_resident[:, rows] -= holes.lost * self.block_size
 
     def compact(self, rows: Int32, keep: Bool) -> tuple[Int32, Int32]:
         """Take single tokens from running rows and pack the rest into the fewest blocks.

@@ -71,10 +71,13 @@ def _slots(batch: Batch, place: Int32) -> Int64:
     """Return the slots of the tokens at ``place`` in their tables: [groups, T]."""
     table, place = batch.table, alike(place)
     index = place // table.block_size
-    # Flat, for looking up by group, row and index takes twice as long.
-    entry = batch.tables * table.block_table.shape[2]
-    entry += index
-    slots: Int64 = table.block_table.reshape(-1).take(entry).astype(np.int64)
+    if batch.decodes:  # into the last block: to look it up would touch all tables again
+        blocks = table.tail[:, batch.at]
+    else:
+        # Flat, for looking up by group, row and index takes twice as long.
+        entry = table.tables_of(batch.token_rows).reshape(table.num_groups, -1)
+        blocks = table.block_table.reshape(-1).take(entry * table.block_table.shape[2] + index)
+    slots: Int64 = blocks.astype(np.int64)
     slots *= table.block_size
     slots += place - index * table.block_size
     return slots

@@ -23,19 +23,21 @@ def log_round(table: SequenceTable, rows: Int32, holes: Holes, in_use: Int32) ->
         holes: Which entries of their tables go.
         in_use: [groups, B] How many entries each table has.
     """
-    computed, widths = table.num_computed[rows], in_use.max(axis=0).tolist()
-    bits = _packed(holes, in_use)
-    new = (computed > table.replay_until[rows]).nonzero()[0]
-    for i in new.tolist():  # for the others it is the log that is carried out
-        seq, at = table.sequences[rows[i]], int(computed[i])
-        assert seq is not None
-        held = Eviction(bits[i, :, : -(-widths[i] // 8)].copy(), widths[i])
-        seq.evictions[at] = held.after(seq.evictions.get(at))
+    bits, groups, computed = _packed(holes, in_use), len(in_use), table.num_computed[rows]
+    size, content = bits[0].size, bits.tobytes()
+    new = (computed > table.replay_until[rows]).tolist()
+    facts = zip(rows.tolist(), new, computed.tolist(), in_use.max(axis=0).tolist(), strict=True)
+    for i, (row, is_new, at, width) in enumerate(facts):
+        if is_new:  # for the others it is the log that is carried out
+            seq = table.sequences[row]
+            assert seq is not None
+            held = Eviction(content[i * size : (i + 1) * size], groups, width)
+            seq.evictions[at] = held.after(seq.evictions.get(at))
 
 
 def _packed(holes: Holes, in_use: Int32) -> npt.NDArray[np.uint8]:
     """Return which entries stay, as `Eviction` has them: [B, groups, ceil(width / 8)]."""
-    groups, size = len(in_use), -(-holes.mask.shape[2] // 8)
+    groups, size = len(in_use), -(-int(in_use.max()) // 8)
     # Byte after byte, for tables are many and short.
     left = in_use.T.ravel() - np.arange(0, 8 * size, 8, np.int32)[:, None]
     bits = FIRST_BITS.take(left, mode="clip").T.copy()

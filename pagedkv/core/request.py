@@ -167,22 +167,26 @@ class Eviction(NamedTuple):
     """A round of eviction that was held.
 
     Attributes:
-        bits: [groups, ceil(width / 8)] Which table entries stayed, packed.
+        bits: Which table entries stayed, packed: as many bytes for each group, ceil(width / 8) at
+            least.
+        groups: How many there are.
         width: Blocks, or tokens, of the longest table.
     """
 
-    bits: npt.NDArray[np.uint8]
+    bits: bytes
+    groups: int
     width: int
 
     @classmethod
     def of(cls, keep: Bool) -> "Eviction":
         """Pack ``keep``: [groups, width]."""
-        return cls(np.packbits(keep, axis=1), keep.shape[1])
+        return cls(np.packbits(keep, axis=1).tobytes(), *keep.shape)
 
     @property
     def keep(self) -> Bool:
         """[groups, width] Which table entries stayed."""
-        return np.unpackbits(self.bits, axis=1, count=self.width).view(np.bool_)
+        bits = np.frombuffer(self.bits, np.uint8).reshape(self.groups, -1)
+        return np.unpackbits(bits, axis=1, count=self.width).view(np.bool_)
 
     def after(self, before: "Eviction | None") -> "Eviction":
         """Return both as one: this round was held on what ``before`` left of the same table."""

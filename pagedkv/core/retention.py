@@ -27,6 +27,7 @@ from pagedkv.eviction import (
     observe_from,
     policy,
     rank,
+    reach,
     update,
 )
 
@@ -143,7 +144,7 @@ class Retention:
                 if chosen.unit == "token":
                     entries = self.entries.width(chosen, rows[live])
                     self._table.reserve_slots(entries)
-                view = self.entries.view(chosen, rows[live], groups=1, entries=False)
+                view = self.entries.facts(chosen, rows[live], groups=1)
                 wanted.append(
                     Observation(
                         unit=chosen.unit,
@@ -241,12 +242,15 @@ class Retention:
         replays = table.num_computed[rows] <= table.replay_until[rows]
         # What one table of a row gives up, they all do, if all that counts is where entries stand.
         groups = 1 if chosen.agrees and not self._slides else table.num_groups
-        facts = self.entries.view(chosen, rows, groups=groups, entries=False)
-        if not replays.any() and not may_evict(chosen, facts):
-            return rows[:0]
-        view = self.entries.view(chosen, rows, groups=groups)
+        facts, width = self.entries.facts(chosen, rows, groups=groups), None
+        if not replays.any():
+            if not may_evict(chosen, facts):
+                return rows[:0]
+            width = reach(chosen, facts)
+        view = self.entries.view(chosen, rows, width=width, facts=facts)
         gone = condemn(chosen, view).reshape(groups, len(rows), -1)
-        gone = np.repeat(gone, table.num_groups // groups, axis=0)
+        if groups < table.num_groups:
+            gone = np.repeat(gone, table.num_groups, axis=0)
         if self._slides:
             gone[self.windows > 0] = False
         for i in np.flatnonzero(replays).tolist():
@@ -268,7 +272,7 @@ class Retention:
 
         Args:
             view: Of those rows.
-            gone: [groups, B, width] Which entries go, if any.
+            gone: [groups, B, width] Which entries go, if any; none past that width does.
             heard: What is known of the mass of entries; None if they go a second time.
 
         Returns:
@@ -278,13 +282,14 @@ class Retention:
         if not len(holes.table):
             return rows[:0]
         self._certify(chosen, view, rows, holes, heard)
-        losing = holes.lost.any(axis=0)
+        losing, width = holes.lost.any(axis=0), self.entries.width(chosen, rows)
         if not losing.all():
             rows, holes = rows[losing], Holes.of(gone[:, losing])
         in_use = self.entries.in_use(chosen, rows)
         log_round(table, rows, holes, in_use)
         if chosen.unit == "token":
-            keep = (np.arange(gone.shape[2]) < in_use[:, :, None]) & ~holes.mask
+            keep = np.arange(width) < in_use[:, :, None]
+            keep[:, :, : gone.shape[2]] &= ~holes.mask
             lost, stuck = self._manager.compact(rows, keep)
         else:
             self._manager.drop(rows, holes)
@@ -300,9 +305,10 @@ class Retention:
         if heard is not None:
             place = np.full(table.num_rows, -1)
             place[heard[0]] = np.arange(len(heard[0]))
-            at = place[rows][member]
-            known = at >= 0  # those that replay were not observed
-            mass = heard[1][holes.group[known], at[known], holes.entry[known]]
+            at = place[rows]
+            # Those that replay were not observed.
+            known = slice(None) if at.min() >= 0 else at[member] >= 0
+            mass = heard[1][holes.group[known], at[member[known]], holes.entry[known]]
             table.forfeited[rows] += np.bincount(member[known], mass, len(rows))
         if chosen.scores_errors:
             errors = rank(chosen, view)[holes.table, holes.entry]

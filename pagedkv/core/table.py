@@ -57,6 +57,7 @@ class SequenceTable:
         cumulative: The sum of the log-probabilities of the tokens drawn, where they are reported.
         replay_until: While fewer tokens are computed, logged evictions are done over again.
         block_table: [groups, rows, width] Block ids in order of position; 0 where none is in use.
+        tail: [groups, rows] The last of those, unless it is full: the next token goes there.
         first_position: Beside it, where each block's first token stands in its sequence.
         turn: Beside it, by how many positions queries are turned before they meet the block: 0
             where none is in use, or the policy closes no gaps (`positions`).
@@ -93,6 +94,7 @@ class SequenceTable:
         self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
         self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
+        self.tail: Int32 = np.zeros((num_groups, rows), np.int32)
         self.token_ids: Int32 = np.zeros((rows, FIRST_BLOCKS * block_size), np.int32)
         self.next_position: Int32 = np.zeros(rows, np.int32)
         self.num_evicted: Int64 = np.zeros(rows, np.int64)
@@ -249,6 +251,7 @@ class SequenceTable:
         self.block_table.reshape(-1)[entry] = ids
         # Of a table that gains several, the last stands.
         self.num_blocks.reshape(-1)[table] = index + 1
+        self.tail.reshape(-1)[table] = ids
         ahead = index * self.block_size - self.num_resident.ravel()[table]
         self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
         for name in self.kept_columns:
@@ -261,12 +264,12 @@ class SequenceTable:
         end, resident = first + len(ids), int(self.num_resident[0, row])
         self.reserve_blocks(end)
         self.block_table[0, row, first:end] = ids
-        self.num_blocks[0, row] = end
+        self.num_blocks[0, row], self.tail[0, row] = end, ids[-1]
         ahead = np.arange(first * size - resident, end * size - resident, size, np.int32)
         self.first_position[0, row, first:end] = ahead + self.num_computed[row]
 
     def drop_blocks(self, rows: Int32, holes: Holes) -> Int32:
-        """Drop table entries and close the gaps; the order of the rest stands.
+        """Drop table entries, of full blocks, and close the gaps; the order of the rest stands.
 
         Args:
             rows: [B] Rows, each at most once. All rotate or none does, unless what goes lies before
@@ -284,12 +287,13 @@ class SequenceTable:
             less = gaps.behind * np.int32(self.block_size) if turns else None
             gaps.close(getattr(self, name), table, less)
         dropped: Int32 = gaps.close(self.block_table, table).reshape(-1).take(gaps.gone)
-        by_token = np.flatnonzero(self.by_token[rows])
-        if len(by_token):
+        by_token = self.by_token[rows]
+        if by_token.any():
             resident = self.num_resident[:, rows[by_token]]
             gone = holes.mask[:, by_token]
             self.tokens.drop_blocks(rows[by_token], gone, resident, self.block_size)
-        self.num_blocks[:, rows] -= holes.lost
+        self.num_blocks.reshape(-1)[table] -= gaps.lost
+        self.num_resident.reshape(-1)[table] -= gaps.lost * np.int32(self.block_size)
         return dropped
 
     def replace_blocks(self, rows: Int32, blocks: Int32, num_blocks: Int32) -> None:
@@ -306,6 +310,8 @@ class SequenceTable:
         first = self.tokens.first_position[:, rows, : width * self.block_size : self.block_size]
         self.first_position[:, rows, :width] = first
         self.num_blocks[:, rows] = num_blocks
+        last = np.maximum(num_blocks - 1, 0)[:, :, None]
+        self.tail[:, rows] = np.take_along_axis(blocks, last, axis=2)[:, :, 0]
 
     def note_tokens(self, rows: Int32, counts: Int32) -> None:
         """Let rows that evict by token, [B], know the tokens that come next; their blocks are
@@ -327,6 +333,7 @@ class SequenceTable:
         for name in PROGRESS_COLUMNS:
             column = getattr(self, name)
             column[..., children] = column[..., parents]
+        self.tail[:, children] = self.tail[:, parents]
         at = np.flatnonzero(self.by_token[parents])
         if len(at):
             self.tokens.copy(parents[at], children[at])
@@ -363,6 +370,10 @@ class SequenceTable:
         assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"
         unused = np.arange(self.block_table.shape[2]) >= self.num_blocks[:, :, None]
         assert not (self.block_table * unused).any(), "an entry that is not in use names a block"
+        last = np.maximum(self.num_blocks - 1, 0)[:, :, None]
+        tail = np.take_along_axis(self.block_table, last, axis=2)[:, :, 0]
+        begun = self.num_resident % self.block_size > 0
+        assert ((self.tail == tail) | ~begun).all(), "a tail is not the last block of its table"
         still = unused | ~self.rotates[:, None]
         assert not (self.turn * still).any(), "a turn without a block, or without need"
         free = self.seq_id == FREE

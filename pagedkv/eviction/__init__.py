@@ -28,7 +28,7 @@ from pagedkv.eviction.observe import observe_from, observing_queries, rank, upda
 from pagedkv.eviction.policy import Policy, check, lookback
 from pagedkv.eviction.rounds import Cadence
 from pagedkv.eviction.scores import OBSERVATIONS, SCORES, UNOBSERVED, Score, Step, find_score
-from pagedkv.eviction.select import choose, condemn, may_evict, protect, select, survivors
+from pagedkv.eviction.select import choose, condemn, may_evict, protect, reach, select, survivors
 from pagedkv.eviction.view import View
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "presets",
     "protect",
     "rank",
+    "reach",
     "recent_tokens",
     "select",
     "survivors",

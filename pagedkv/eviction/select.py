@@ -7,7 +7,7 @@ from pagedkv.eviction.observe import rank
 from pagedkv.eviction.policy import Policy
 from pagedkv.eviction.view import Bool, Float32, Int, View
 
-__all__ = ["ADA_FLOOR", "choose", "condemn", "may_evict", "protect", "select", "survivors"]
+__all__ = ["ADA_FLOOR", "choose", "condemn", "may_evict", "protect", "reach", "select", "survivors"]
 
 ADA_FLOOR = 0.2
 """The part of its even share that every head keeps when heads compete (AdaKV, Feng et al. 2024)."""
@@ -19,11 +19,30 @@ def protect(policy: Policy, view: View) -> Bool:
     The first ``ceil(sinks / block_size)`` entries, every entry that holds one of the last
     ``recent`` tokens, and the tail, if it is not full.
     """
-    sinks = -(-policy.sinks // view.block_size)
+    return ~_candidates(policy, view)
+
+
+def _candidates(policy: Policy, view: View) -> Bool:
+    may_go = view.before(_unprotected(policy, view))
+    may_go[:, : -(-policy.sinks // view.block_size)] = False
+    return may_go
+
+
+def _unprotected(policy: Policy, view: View) -> Int:
+    """Return how many entries lie before the recent ones and the tail: [N], sinks included."""
     begin = (view.num_resident - recent_tokens(policy, view)) // view.block_size
-    may_go = view.before(np.minimum(begin, view.num_sealed))
-    may_go[:, :sinks] = False
-    return ~may_go
+    end: Int = np.minimum(begin, view.num_sealed)
+    return end
+
+
+def reach(policy: Policy, view: View) -> int:
+    """Return how many entries of each table it takes to say which go, at least 1; reads no score.
+
+    All further ones are protected, and nothing asks for their ranks.
+    """
+    if policy.threshold is not None:  # compares with the mean of all that are sealed
+        return int(view.num_sealed.max(initial=1))
+    return max(1, int(_unprotected(policy, view).max(initial=1)))
 
 
 def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:
@@ -79,7 +98,7 @@ def select(policy: Policy, view: View) -> Bool:
 
 def condemn(policy: Policy, view: View) -> Bool:
     """Return which entries go in a round: [N, W]; all others in use `select` lets stay."""
-    may_go = ~protect(policy, view)
+    may_go = _candidates(policy, view)
     if not policy.evicts:
         return np.zeros_like(may_go)
     ranks = rank(policy, view)

@@ -1,5 +1,6 @@
 """What scores mean, and the defects that this project grew from, each shut out."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -236,3 +237,15 @@ def test_the_seeds_scores_follow_keys_and_not_the_batch():
     )
     keep = eviction.select(chosen, both)
     assert [np.flatnonzero(row).tolist() for row in keep] == [[1], [0]]
+
+
+@pytest.mark.parametrize("name", [name for name, each in SCORES.items() if not each.weighs])
+def test_who_does_not_weigh_asks_only_who_was_observed(name):
+    """Neither how many queries observed an entry nor where it stands changes its rank."""
+    rng, chosen = np.random.default_rng(3), policy(f"score={name} + budget=64")
+    score = rng.random((1, BLOCKS), np.float32)
+    weight = rng.integers(0, 3, (1, BLOCKS)).astype(np.float32)
+    ranks = rank(chosen, tables(SIZE * BLOCKS, score, weight))
+    bare = tables(SIZE * BLOCKS, score, (weight > 0).astype(np.float32))
+    bare = msgspec.structs.replace(bare, first_position=np.zeros((0, 0), np.int32))
+    assert (rank(chosen, bare) == ranks).all()

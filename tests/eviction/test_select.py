@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pagedkv import eviction
-from pagedkv.eviction import View, choose, may_evict, policy, protect, select, survivors
+from pagedkv.eviction import (
+    View,
+    choose,
+    condemn,
+    may_evict,
+    policy,
+    protect,
+    reach,
+    select,
+    survivors,
+)
 
 
 def view(resident, *, size=4, width=12, score=None, weight=1.0, computed=None, prompt=0, **more):
@@ -129,6 +139,32 @@ def test_a_round_never_touches_what_is_protected(score, resident, sinks, recent,
     left = keep.sum(axis=1)
     must = (kept & used).sum(axis=1)
     assert (left <= np.maximum(-(-budget // 4) + 1, must)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sinks=5 + recent=0.5 + score=sum + budget=16",
+        "recent=9 + score=mean + threshold=0.7",
+        "sinks=4 + recent=4 + score=sum + budget=24 + lowest=0.4",
+        "recent=0.3 + score=sum + budget=16 + spread=ada",
+        "sinks=2 + budget=8",
+        "score=sum + ratio=0.5",
+    ],
+)
+@given(
+    score=hnp.arrays(np.float32, (4, 12), elements=st.floats(0, 1, width=32)),
+    resident=st.lists(st.integers(0, 48), min_size=4, max_size=4),
+)
+def test_nothing_past_its_reach_decides_a_round(text, score, resident):
+    """It goes by what lies before: entries past it neither go nor change what does."""
+    chosen = policy(text)
+    whole = view(resident, score=score, layers=2, heads=2)
+    width = reach(chosen, whole)
+    near = view(resident, score=score[:, :width], width=width, layers=2, heads=2)
+    gone = condemn(chosen, whole)
+    assert not gone[:, width:].any()
+    assert (condemn(chosen, near) == gone[:, :width]).all()
 
 
 def test_survivors_keep_their_order():
