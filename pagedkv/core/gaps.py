@@ -17,12 +17,15 @@ class Holes(Struct, frozen=True, kw_only=True, eq=False):
     Attributes:
         mask: [groups, B, width] Which entries go; none past that width does.
         table: [H] Their tables, counted group after group; in ascending order.
+        group, member: [H] Of which group those are, and of which of the B rows.
         entry: [H] Where they stand in those, in ascending order.
         lost: [groups, B] How many each table loses.
     """
 
     mask: Bool
     table: Int64
+    group: Int64
+    member: Int64
     entry: Int64
     lost: Int32
 
@@ -31,20 +34,16 @@ class Holes(Struct, frozen=True, kw_only=True, eq=False):
         """Find the entries of a mask: [groups, B, width]."""
         groups, rows, width = mask.shape
         table, entry = np.divmod(np.flatnonzero(mask), max(width, 1))
+        group, member = np.divmod(table, rows)
         lost = np.bincount(table, minlength=groups * rows).astype(np.int32)
-        return cls(mask=mask, table=table, entry=entry, lost=lost.reshape(groups, rows))
-
-    @property
-    def group(self) -> Int64:
-        """[H] Their groups."""
-        group: Int64 = self.table // self.mask.shape[1]
-        return group
-
-    @property
-    def member(self) -> Int64:
-        """[H] Which of the B rows they are of."""
-        member: Int64 = self.table % self.mask.shape[1]
-        return member
+        return cls(
+            mask=mask,
+            table=table,
+            group=group,
+            member=member,
+            entry=entry,
+            lost=lost.reshape(groups, rows),
+        )
 
 
 class Gaps(Struct, frozen=True, kw_only=True, eq=False):

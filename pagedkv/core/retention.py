@@ -282,13 +282,13 @@ class Retention:
         if not len(holes.table):
             return rows[:0]
         self._certify(chosen, view, rows, holes, heard)
-        losing, width = holes.lost.any(axis=0), self.entries.width(chosen, rows)
+        asked, losing = rows, holes.lost.any(axis=0)
         if not losing.all():
             rows, holes = rows[losing], Holes.of(gone[:, losing])
         in_use = self.entries.in_use(chosen, rows)
         log_round(table, rows, holes, in_use)
         if chosen.unit == "token":
-            keep = np.arange(width) < in_use[:, :, None]
+            keep = np.arange(self.entries.width(chosen, asked)) < in_use[:, :, None]
             keep[:, :, : gone.shape[2]] &= ~holes.mask
             lost, stuck = self._manager.compact(rows, keep)
         else:
