@@ -8,14 +8,15 @@
 A step is `schedule` and `commit` while every sequence decodes; prompts are of staggered length, so
 that each step some of them cross a block boundary, take a block, seal one and hash it. What a
 device would do is left out. CPU time of the thread is what to compare on a busy machine; wall time
-stands beside it. With --against, each step is timed by another checkout of the package as well,
-right after ours, and the ratio stands at the end of the line. With --vllm-python, vLLM's own
+stands beside it. With --against, another checkout of the package times the same steps, a few after
+each few of ours, and the ratio stands at the end of the line. With --vllm-python, vLLM's own
 scheduler is driven over the same prompts in the same run, by the Python of another environment
 (`vllm_steps.py`); without, that is said.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -47,6 +48,7 @@ from pagedkv.core.prefix import PrefixIndex, extend_chain
 from pagedkv.core.table import ENTRY_COLUMNS
 
 PROMPT = 64
+BURST = 4  # steps of one checkout before another has its turn
 SHAPES = {"sequence": (1, 1), "layer": (30, 1), "head": (30, 3)}
 POLICIES = {
     "full": "full",
@@ -93,8 +95,10 @@ def answer(plan: StepPlan, noise: np.random.Generator) -> StepResult:
     return StepResult(token_ids=np.full(len(plan.sample_rows), 7, np.int32), observed=observed)
 
 
-def step_times(running: int, steps: int, seed: int, **options: Any) -> dict[str, Any]:
-    """Time steps in which all sequences decode: seconds of wall and of CPU, each."""
+def timed_steps(
+    running: int, steps: int, seed: int, **options: Any
+) -> Iterator[tuple[float, float]]:
+    """Yield what each step takes in which all sequences decode: seconds of wall and of CPU."""
     sched, noise = scheduler(running, steps, seed, **options), np.random.default_rng(seed)
     while True:
         plan = sched.schedule()
@@ -102,7 +106,6 @@ def step_times(running: int, steps: int, seed: int, **options: Any) -> dict[str,
         if plan.num_tokens == len(plan.sample_rows) == running:
             break
     gc.collect()
-    times = []
     for _ in range(steps):
         wall, cpu = time.perf_counter(), time.thread_time()
         plan = sched.schedule()
@@ -110,10 +113,25 @@ def step_times(running: int, steps: int, seed: int, **options: Any) -> dict[str,
         result = answer(plan, noise)
         begin, begin_cpu = time.perf_counter(), time.thread_time()
         sched.commit(plan, result)
-        times.append((wall + time.perf_counter() - begin, cpu + time.thread_time() - begin_cpu))
         assert plan.num_tokens == running
+        yield wall + time.perf_counter() - begin, cpu + time.thread_time() - begin_cpu
+
+
+def step_times(
+    running: int, steps: int, seed: int, checkout: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Time so many steps; if another checkout is given, a few by it after each few of ours."""
+    ours, times = timed_steps(running, steps, seed, **options), []
+    other = checkout and Other(checkout, running, steps, seed, **options)
+    before: list[float] = []
+    while burst := list(itertools.islice(ours, BURST)):
+        times += burst
+        if other:
+            before += other.time(len(burst))
+    if other:
+        other.close()
     wall, cpu = np.array(times).T.tolist()
-    return {"running": running, **options, "wall": wall, "cpu": cpu}
+    return {"running": running, **options, "wall": wall, "cpu": cpu, "before": before}
 
 
 def pool_costs(num_blocks: int, batch: int, rounds: int) -> dict[str, float]:
@@ -191,22 +209,39 @@ def vllm(python: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def against(checkout: Path, running: int, steps: int, seed: int, **options: Any) -> float:
-    """Return the median CPU seconds of the same steps, timed by another checkout's package."""
-    told = json.dumps([running, steps, seed, options])
-    code = "import json, sys, control_plane as c\n"
-    code += "n, steps, seed, rest = json.loads(sys.argv[1])\n"
-    code += "print(json.dumps(c.step_times(n, steps, seed, **rest)['cpu']))"
-    path = os.pathsep.join([str(checkout.resolve()), str(Path(__file__).resolve().parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, told],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd="/",
-    )
-    return float(np.median(json.loads(done.stdout)))
+class Other:
+    """The same steps by another checkout's package, in a process that waits between calls."""
+
+    CODE = """
+import itertools, json, sys, control_plane as c
+n, steps, seed, options = json.loads(sys.argv[1])
+timed = c.timed_steps(n, steps, seed, **options)
+for count in map(int, sys.stdin):
+    print(json.dumps([cpu for _, cpu in itertools.islice(timed, count)]), flush=True)
+"""
+
+    def __init__(self, checkout: Path, running: int, steps: int, seed: int, **options: Any) -> None:
+        path = os.pathsep.join([str(checkout.resolve()), str(Path(__file__).resolve().parent)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE, json.dumps([running, steps, seed, options])],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+
+    def time(self, count: int) -> list[float]:
+        """Return the CPU seconds of the next steps."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(count, file=self._process.stdin, flush=True)
+        found: list[float] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """Let it end."""
+        self._process.communicate()
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -286,10 +321,10 @@ def main() -> None:
             cases.append((f"256 x one per {shape}, {name}", 256, options))
     steps = []
     for name, n, options in cases:
-        steps.append(step_times(n, args.steps, args.seed, **options))
+        steps.append(step_times(n, args.steps, args.seed, args.against, **options))
         end = ""
         if args.against:
-            before = against(args.against, n, args.steps, args.seed, **options)
+            before = np.median(steps[-1]["before"])
             end = f"   before {before * 1e6:6.0f}, x{before / np.median(steps[-1]['cpu']):.2f}"
         print(line(name, steps[-1]) + end, flush=True)
     other = vllm(args.vllm_python, args) if args.vllm_python else None
