@@ -95,8 +95,9 @@ def test_plain_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(run(), want)
 
 
+@pytest.mark.parametrize("size", [4, 16, 24, 32])
 @pytest.mark.parametrize("window", [0, 37])
-def test_decode_reads_each_visible_key_once_and_no_other(window: int) -> None:
+def test_decode_reads_each_visible_key_once_and_no_other(window: int, size: int) -> None:
     """Every length up to beyond a tile: its four quarters end and begin in every way there is.
 
     What is out of sight is far off, and what was never written is NaN.
@@ -105,24 +106,28 @@ def test_decode_reads_each_visible_key_once_and_no_other(window: int) -> None:
 
     lengths = np.arange(1, layout.TILE + 40)
     generator = torch.Generator().manual_seed(0)
-    width, size, heads, dim = -(-int(lengths[-1]) // 16), 16, 2, 32
+    width, heads, dim = -(-int(lengths[-1]) // size), 2, 32
     key, value = (torch.full((len(lengths) * width, size, heads, dim), torch.nan) for _ in range(2))
     table = np.random.default_rng(0).permutation(len(key)).astype(np.int32).reshape(-1, width)
     query = torch.randn(len(lengths), 3 * heads, dim, generator=generator)
     want = torch.empty_like(query)
+    by_block = torch.full((len(lengths), 3 * heads, width * size), -torch.inf)
     for row, n in enumerate(lengths):
         k, v = torch.randn(2, n, heads, dim, generator=generator)
         low = max(0, int(n) - window) if window else 0
         v[:low] = 1e6
         scores = torch.einsum("hgd,khd->hgk", query[row].view(heads, 3, dim), k) / dim**0.5
+        by_block[row, :, low:n] = scores[..., low:].flatten(0, 1)
         weights = scores[..., low:].softmax(-1)
         want[row] = torch.einsum("hgk,khd->hgd", weights, v[low:]).reshape(-1, dim)
         slots = torch.from_numpy(table[row].astype(np.int64)[:, None] * size + np.arange(size))
         for pool, mine in ((key, k), (value, v)):
             pool.view(-1, heads, dim)[slots.ravel()[:n]] = mine
     starts = np.arange(len(lengths) + 1)
-    bias = PagedBias.build(starts, lengths, table, size, window=window)
+    bias = PagedBias.build(starts, lengths, table, size, window=window, want_block_lse=True)
     got = paged_attention(query, key, value, bias)
+    by_block = by_block.unflatten(2, (width, size)).logsumexp(-1)
+    torch.testing.assert_close(bias.block_lse, by_block, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 

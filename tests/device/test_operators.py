@@ -226,7 +226,7 @@ def test_any_batch(
 
 def test_faint_blocks_keep_their_lse() -> None:
     """A block whose mass is far below fp32's smallest number still has a finite, right lse."""
-    for rows in ([(1, 64)], [(40, 64)]):
+    for rows in ([(1, 64)], [(1, 70)], [(1, 128)], [(40, 64)]):
         case = make(rows, heads=1, kv_heads=1, block_size=16)
         case.query[:] = 0
         case.query[..., 0] = 1

@@ -47,7 +47,7 @@ from .simd import (
     sub,
     total,
 )
-from .simd_math import exp2, log2
+from .simd_math import exp2, log2, put_fours
 
 
 @kernel
@@ -79,6 +79,57 @@ def clear_block_lse(params: Address, item: Address) -> None:
 
 
 @kernel
+def quarters(low: int, high: int) -> tuple[int, int]:
+    """Where the first quarter of a tile's keys low..high begins, and how many keys each has.
+
+    Together they are whole fours: up to three keys more at either end.
+    """
+    begin = low // 4 * 4
+    return begin, (high - begin + 3) // 4
+
+
+@kernel
+def place(j: int, quarter: int) -> int:
+    """Where the j-th key's score and weight lie: the first of each quarter, then the second ones.
+
+    So are they computed, four at a time.
+    """
+    return 4 * (j % quarter) + j // quarter
+
+
+@kernel
+def whole_blocks(size: int, low: int, high: int) -> int:
+    """How many blocks fill a quarter of a tile's keys low..high; 0 if they do not."""
+    _, quarter = quarters(low, high)
+    whole = low == 0 and high == 4 * quarter and size % (LANES // 4) == 0 and quarter % size == 0
+    return quarter // size if whole else 0
+
+
+@kernel
+def _whole_blocks(weights: Address, size: int, each: int, sums: Address) -> None:
+    """Sum the weights of whole blocks, `each` to a quarter; four at once, one of each quarter."""
+    f32 = np.float32(0)
+    for i in range(each):
+        first = weights + 16 * size * i
+        four = load(f32, first)
+        for at in range(4 * LANES, 16 * size, 4 * LANES):
+            four = add(four, load(f32, first + at))
+        put_fours(sums + 4 * i, 4 * each, four)
+
+
+@kernel
+def _in_order(weights: Address, begin: int, quarter: int, out: Address) -> None:
+    """Write weights as their keys lie in the tile, up to a whole vector."""
+    for q in range(4):
+        to = out + 4 * (begin + q * quarter)
+        for i in range(quarter):
+            put(to + 4 * i, scalar(np.float32(0), weights + 16 * i + 4 * q))
+    end = begin + 4 * quarter
+    for j in range(end, pad(end, LANES)):
+        put(out + 4 * j, np.float32(0))
+
+
+@kernel
 def _segment_sum(weights: Address, low: int, high: int) -> Number:
     """Sum of weights[low:high]."""
     if low % LANES == 0 and high % LANES == 0:
@@ -93,16 +144,17 @@ def _segment_sum(weights: Address, low: int, high: int) -> Number:
 
 
 @kernel
-def _exact_segment(scores: Address, low: int, high: int) -> Number:
-    """log2-sum-exp2 of scores[low:high] against their own maximum."""
+def _exact_segment(scores: Address, quarter: int, low: int, high: int) -> Number:
+    """log2-sum-exp2 of the scores of keys low..high, against their own maximum."""
     top = np.float32(-np.inf)
     for j in range(low, high):
-        top = max(top, scalar(np.float32(0), scores + 4 * j))
+        top = max(top, scalar(np.float32(0), scores + 4 * place(j, quarter)))
     if not top > -np.inf:
         return top
     result = 0.0
     for j in range(low, high):
-        result += 2.0 ** np.float64(scalar(np.float32(0), scores + 4 * j) - top)
+        score = scalar(np.float32(0), scores + 4 * place(j, quarter))
+        result += 2.0 ** np.float64(score - top)
     return top + np.float32(math.log2(result))
 
 
@@ -113,6 +165,7 @@ def narrow_blocks(
     first: int,
     seen: tuple[int, int],
     blocks: tuple[int, int],
+    each: int,
     top: Number,
     scores: Address,
     weights: Address,
@@ -120,27 +173,39 @@ def narrow_blocks(
 ) -> None:
     """Write the lse of `blocks` for a query row that sees keys first+low .. first+high of a tile.
 
-    `blocks` is handed in because a division costs as much as the rest for a block.
+    Scores and weights lie as `place` says. What takes divisions is handed in: `blocks`, and how
+    many whole ones lie in `each` quarter (0 if blocks reach across quarters).
     """
+    f32 = np.float32(0)
     size = get(params, BLOCK_SIZE)
     low, high = seen
     start, stop = blocks
-    for block in range(start, stop):
-        a, b = max(low, block * size - first), min(high, (block + 1) * size - first)
-        # A vector of the tail may reach past `high`: weights are 0 there.
-        whole = pad(b, LANES) if b == high else b
-        put(sums + 4 * (block - start), _segment_sum(weights, a, whole))
+    begin, quarter = quarters(low, high)
+    ordered, logs = sums + 4 * TILE, sums + 8 * TILE
+    if each > 0:
+        _whole_blocks(weights, size, each, sums)
+    else:
+        _in_order(weights, begin, quarter, ordered)
+        for block in range(start, stop):
+            a, b = max(low, block * size - first), min(high, (block + 1) * size - first)
+            # A vector of the tail may reach past `high`: weights are 0 there.
+            whole = pad(b, LANES) if b == high else b
+            put(sums + 4 * (block - start), _segment_sum(ordered, a, whole))
     merge = size > TILE
     for base in range(0, stop - start, LANES):
-        values = mul(add(log2(load(np.float32(0), sums + 4 * base)), splat(top)), splat(LN2))
-        logs = sums + 4 * 2 * TILE
+        masses = load(f32, sums + 4 * base)
+        values = mul(add(log2(masses), splat(top)), splat(LN2))
+        faint = highest(mul(masses, splat(np.float32(-1)))) > -FAINT
+        if base + LANES <= stop - start and not faint and not merge:
+            store(out + 4 * (start + base), values)
+            continue
         store(logs, values)
         for i in range(base, min(stop - start, base + LANES)):
-            value = scalar(np.float32(0), logs + 4 * (i - base))
-            if scalar(np.float32(0), sums + 4 * i) < FAINT:
-                a = max(low, (start + i) * size - first)
-                b = min(high, (start + i + 1) * size - first)
-                value = _exact_segment(scores, a, b) * np.float32(LN2)
+            value = scalar(f32, logs + 4 * (i - base))
+            if scalar(f32, sums + 4 * i) < FAINT:
+                a = max(low, (start + i) * size - first) - begin
+                b = min(high, (start + i + 1) * size - first) - begin
+                value = _exact_segment(scores, quarter, a, b) * np.float32(LN2)
             write_lse(out + 4 * (start + i), value, merge)
 
 

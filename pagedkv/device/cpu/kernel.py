@@ -73,6 +73,7 @@ from .simd import (
     fma,
     get,
     kernel,
+    lane0,
     load,
     mul,
     put,
@@ -80,6 +81,7 @@ from .simd import (
     splat,
     store,
 )
+from .simd_math import exp2
 from .wide import run_wide
 
 __all__ = ["KINDS", "launch", "run", "sources", "warmup"]
@@ -125,9 +127,8 @@ def _merge(params: Address, item: Address, first: Address, size: int, rows: int)
         acc = first + 4 * dims * row
         for s in range(spans):
             state = first + s * size + states + 8 * row
-            weight = np.float32(2.0 ** (scalar(f32, state) - top))
-            mass += scalar(f32, state + 4) * weight
-            w = splat(weight)
+            w = exp2(splat(scalar(f32, state) - top))
+            mass += scalar(f32, state + 4) * lane0(w)
             for i in range(0, dims, LANES):
                 part = load(f32, acc + s * size + 4 * i)
                 if s == 0:

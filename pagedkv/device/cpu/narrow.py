@@ -6,15 +6,16 @@ key row in cache.
 
 Decode is bound by memory, and most of what is on its way there was asked for by the processor's own
 prefetchers, which need to see addresses go up line by line within a page. So a tile is walked as
-four runs of memory, a quarter of its keys each: each step takes a row of each quarter. Rows are
-also asked for by the kernel, AHEAD steps before they are used, across the ends of blocks and tiles,
-which is why the addresses of two tiles are at hand. They are asked into the second-level cache; a
-processor drops such a request when its first level already waits for as many lines as it can.
+four runs of memory, a quarter of its keys each: each step takes a row of each quarter, and what it
+makes lies side by side (`place`). Rows are also asked for by the kernel, AHEAD steps before they
+are used, across the ends of blocks and tiles, which is why the addresses of two tiles are at hand.
+They are asked into the second-level cache; a processor drops such a request when its first level
+already waits for as many lines as it can.
 """
 
 import numpy as np
 
-from .block_lse import narrow_blocks
+from .block_lse import narrow_blocks, place, quarters, whole_blocks
 from .layout import (
     BLOCK_LSE,
     BLOCK_SIZE,
@@ -56,6 +57,7 @@ from .simd import (
     lane0,
     lead,
     load,
+    load_n,
     maximum,
     mul,
     put,
@@ -69,16 +71,6 @@ from .simd import (
 from .simd_math import exp2
 
 AHEAD = 16  # steps
-
-
-@kernel
-def quarters(low: int, high: int) -> tuple[int, int]:
-    """Where the first quarter of a tile's keys low..high begins, and how many keys each has.
-
-    Together they are whole fours: up to three keys more at either end.
-    """
-    begin = low // 4 * 4
-    return begin, (high - begin + 3) // 4
 
 
 @kernel
@@ -99,7 +91,7 @@ def _narrow_scores(
     query: Address,
     scores: Address,
 ) -> None:
-    """scores[row, j] = query[row] . key[j] for low <= j < high (whole fours are computed)."""
+    """Write query . key of keys low <= j < high, quarter by quarter (`place`); whole fours."""
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
@@ -108,7 +100,6 @@ def _narrow_scores(
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
-    apart = 4 * quarter
     for j in range(begin, begin + quarter):
         soon = ahead(begin, quarter, j)
         a, b = key + get(key_at, j), key + get(key_at, j + quarter)
@@ -116,7 +107,7 @@ def _narrow_scores(
         e, f = key + get(key_at, soon), key + get(key_at, soon + quarter)
         g, h = key + get(key_at, soon + 2 * quarter), key + get(key_at, soon + 3 * quarter)
         q = query
-        to = scores + 4 * j
+        to = scores + 16 * (j - begin)
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
             rows = (a + offset, b + offset, c + offset, d + offset)
@@ -127,11 +118,11 @@ def _narrow_scores(
                 ask(later[2], size)
                 ask(later[3], size)
             for _ in range(threes):
-                dots3(sample, rows, later, q, dim, to, apart)
+                dots3(sample, rows, later, q, dim, to)
                 q += 3 * dims
                 to += 12 * TILE
             for _ in range(group - 3 * threes):
-                dots(sample, rows, q, dim, to, apart)
+                dots(sample, rows, q, dim, to)
                 q += dims
                 to += 4 * TILE
 
@@ -147,7 +138,7 @@ def _narrow_values(
     weights: Address,
     acc: Address,
 ) -> None:
-    """acc[row] += sum_j weights[row, j] * value[j]."""
+    """acc[row] += sum_j weights[row, place of j] * value[j]."""
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
@@ -156,14 +147,13 @@ def _narrow_values(
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
-    apart = 4 * quarter
     for j in range(begin, begin + quarter):
         soon = ahead(begin, quarter, j)
         a, b = value + get(value_at, j), value + get(value_at, j + quarter)
         c, d = value + get(value_at, j + 2 * quarter), value + get(value_at, j + 3 * quarter)
         e, f = value + get(value_at, soon), value + get(value_at, soon + quarter)
         g, h = value + get(value_at, soon + 2 * quarter), value + get(value_at, soon + 3 * quarter)
-        at = weights + 4 * j
+        at = weights + 16 * (j - begin)
         to = acc
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
@@ -175,11 +165,11 @@ def _narrow_values(
                 ask(later[2], size)
                 ask(later[3], size)
             for _ in range(threes):
-                add_rows3(sample, rows, later, at, apart, dim, to)
+                add_rows3(sample, rows, later, at, dim, to)
                 at += 12 * TILE
                 to += 3 * dims
             for _ in range(group - 3 * threes):
-                add_rows(sample, rows, at, apart, dim, to)
+                add_rows(sample, rows, at, dim, to)
                 at += 4 * TILE
                 to += dims
 
@@ -197,21 +187,23 @@ def _narrow_softmax(
 ) -> Number:
     """Scores -> weights against the new running maximum, which is returned; rescales acc."""
     f32 = np.float32(0)
-    begin = low // LANES * LANES
+    begin, quarter = quarters(low, high)
     for j in range(begin, low):
-        put(scores + 4 * j, np.float32(-np.inf))
-    for j in range(high, pad(high, LANES)):
-        put(scores + 4 * j, np.float32(-np.inf))
-    tops = load(f32, scores + 4 * begin)
-    for j in range(begin + LANES, high, LANES):
-        tops = maximum(tops, load(f32, scores + 4 * j))
+        put(scores + 4 * place(j - begin, quarter), np.float32(-np.inf))
+    for j in range(high, begin + 4 * quarter):
+        put(scores + 4 * place(j - begin, quarter), np.float32(-np.inf))
+    for i in range(4 * quarter, pad(4 * quarter, LANES)):
+        put(scores + 4 * i, np.float32(-np.inf))
+    tops = load(f32, scores)
+    for i in range(LANES, 4 * quarter, LANES):
+        tops = maximum(tops, load(f32, scores + 4 * i))
     old = scalar(f32, state)
     top = max(old, highest(tops))
     shift = splat(top)
     sums = splat(f32)
-    for j in range(begin, high, LANES):
-        p = exp2(sub(load(f32, scores + 4 * j), shift))
-        store(weights + 4 * j, p)
+    for i in range(0, 4 * quarter, LANES):
+        p = exp2(sub(load(f32, scores + 4 * i), shift))
+        store(weights + 4 * i, p)
         sums = add(sums, p)
     mass = state + 4 * rows
     before = scalar(f32, mass)
@@ -232,17 +224,19 @@ def _load_queries(
     """Scaled fp32 query rows, ordered (query, KV head, head in group)."""
     dim = get(params, HEAD_DIM)
     group = get(params, GROUP)
-    scale = scalar(np.float32(0), params + 8 * SCALE)
+    whole = dim // LANES * LANES
+    scale = splat(scalar(np.float32(0), params + 8 * SCALE))
     row = query
     for i in range(get(item, NUM_QUERIES)):
         token = get(params, QUERY) + (get(item, FIRST_QUERY) + i) * get(params, QUERY_STRIDE)
         for head in range(get(item, HEAD_LOW), get(item, HEAD_HIGH)):
             for g in range(group):
                 at = token + get(get(params, QUERY_OFFSET), head * group + g)
-                for d in range(dim):
-                    put(row + 4 * d, scalar(asked, at + d * width(asked)) * scale)
-                for d in range(dim, dims):
-                    put(row + 4 * d, np.float32(0))
+                for d in range(0, whole, LANES):
+                    store(row + 4 * d, mul(load(asked, at + d * width(asked)), scale))
+                if whole < dim:
+                    rest = load_n(asked, at + whole * width(asked), dim - whole)
+                    store(row + 4 * whole, mul(rest, scale))
                 row += 4 * dims
 
 
@@ -276,13 +270,14 @@ def _narrow_tile(
             line += heads[0] * get(params, GROUP)
             size = get(params, BLOCK_SIZE)
             blocks = ((first + low) // size, (first + high - 1) // size + 1)
+            whole = whole_blocks(size, low, high)
             for r in range(each):
                 s, w = scores + 4 * TILE * r, weights + 4 * TILE * r
                 at = acc + 4 * dims * (row + r)
                 top = _narrow_softmax(s, w, low, high, state + 4 * (row + r), rows, at, dims)
                 if entries != 0:
                     out = entries + 4 * get(params, WIDTH) * (line + r)
-                    narrow_blocks(params, out, first, (low, high), blocks, top, s, w, sums)
+                    narrow_blocks(params, out, first, (low, high), blocks, whole, top, s, w, sums)
             at = acc + 4 * dims * row
             _narrow_values(sample, params, value_at, low, high, heads, weights, at)
 
@@ -300,6 +295,7 @@ def run_narrow(
 
     `goes_on`: what comes next is this sequence's next span, so its first tile is asked for too.
     """
+    f32 = np.float32(0)
     dims = pad(get(params, HEAD_DIM), LANES)
     heads = get(item, HEAD_HIGH) - get(item, HEAD_LOW)
     rows = heads * get(item, NUM_QUERIES) * get(params, GROUP)
@@ -314,7 +310,7 @@ def run_narrow(
     value_at = key_at + 16 * TILE
     _load_queries(asked, params, item, query, dims)
     for j in range(0, dims * rows, LANES):
-        store(acc + 4 * j, splat(np.float32(0)))
+        store(acc + 4 * j, splat(f32))
     for row in range(rows):
         put(state + 4 * row, np.float32(NEVER))
         put(state + 4 * (rows + row), np.float32(0))
@@ -329,9 +325,9 @@ def run_narrow(
         addresses(params, item, low, soon, key_at + tail, value_at + tail)
     for first in range(low, high, tile):
         count = min(tile, high - first)
-        for j in range(0, tail, 8):
-            put(key_at + j, get(key_at + tail + j, 0))
-            put(value_at + j, get(value_at + tail + j, 0))
+        for j in range(0, tail, 4 * LANES):
+            store(key_at + j, load(f32, key_at + tail + j))
+            store(value_at + j, load(f32, value_at + tail + j))
         soon = min(tile, end - first - tile)
         if soon > 0:
             addresses(params, item, first + tile, soon, key_at + tail, value_at + tail)

@@ -46,11 +46,9 @@ def dots3(
     query: Address,
     dim: int,
     scores: Address,
-    apart: int,
 ) -> None:
     """Write query . key for the four keys at `rows` and three query rows; dim is whole vectors.
 
-    The scores of a query row lie `apart` bytes from each other.
     The four rows at `soon` are asked for on the way: spread out, requests do not queue.
     """
     f32 = np.float32(0)
@@ -78,9 +76,9 @@ def dots3(
         dq, dr, dt = fma(q, k, dq), fma(r, k, dr), fma(t, k, dt)
     u, v = row_scale(sample, rows[0]), row_scale(sample, rows[1])
     w, x = row_scale(sample, rows[2]), row_scale(sample, rows[3])
-    put_totals4(scores, apart, aq, bq, cq, dq, u, v, w, x)
-    put_totals4(scores + 4 * TILE, apart, ar, br, cr, dr, u, v, w, x)
-    put_totals4(scores + 8 * TILE, apart, at, bt, ct, dt, u, v, w, x)
+    put_totals4(scores, aq, bq, cq, dq, u, v, w, x)
+    put_totals4(scores + 4 * TILE, ar, br, cr, dr, u, v, w, x)
+    put_totals4(scores + 8 * TILE, at, bt, ct, dt, u, v, w, x)
 
 
 @kernel
@@ -90,9 +88,8 @@ def dots(
     query: Address,
     dim: int,
     scores: Address,
-    apart: int,
 ) -> None:
-    """Write query . key for the four keys at `rows`, `apart` bytes from each other."""
+    """Write query . key for the four keys at `rows`."""
     skip = lead(sample)
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     whole = dim // LANES * LANES
@@ -113,7 +110,6 @@ def dots(
         z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
     put_totals4(
         scores,
-        apart,
         w,
         x,
         y,
@@ -131,7 +127,6 @@ def add_rows3(
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
     weights: Address,
-    apart: int,
     dim: int,
     acc: Address,
 ) -> None:
@@ -142,13 +137,12 @@ def add_rows3(
     u, v = row_scale(sample, rows[0]), row_scale(sample, rows[1])
     w, x = row_scale(sample, rows[2]), row_scale(sample, rows[3])
     other, third = weights + 4 * TILE, weights + 8 * TILE
-    aq, bq = splat(scalar(f32, weights) * u), splat(scalar(f32, weights + apart) * v)
-    ar, br = splat(scalar(f32, other) * u), splat(scalar(f32, other + apart) * v)
-    at, bt = splat(scalar(f32, third) * u), splat(scalar(f32, third + apart) * v)
-    i, j = 2 * apart, 3 * apart
-    cq, dq = splat(scalar(f32, weights + i) * w), splat(scalar(f32, weights + j) * x)
-    cr, dr = splat(scalar(f32, other + i) * w), splat(scalar(f32, other + j) * x)
-    ct, dt = splat(scalar(f32, third + i) * w), splat(scalar(f32, third + j) * x)
+    aq, bq = splat(scalar(f32, weights) * u), splat(scalar(f32, weights + 4) * v)
+    ar, br = splat(scalar(f32, other) * u), splat(scalar(f32, other + 4) * v)
+    at, bt = splat(scalar(f32, third) * u), splat(scalar(f32, third + 4) * v)
+    cq, dq = splat(scalar(f32, weights + 8) * w), splat(scalar(f32, weights + 12) * x)
+    cr, dr = splat(scalar(f32, other + 8) * w), splat(scalar(f32, other + 12) * x)
+    ct, dt = splat(scalar(f32, third + 8) * w), splat(scalar(f32, third + 12) * x)
     stride = 4 * dim
     for i in range(0, dim, LANES):
         if i * step % 64 == 0:
@@ -175,17 +169,16 @@ def add_rows(
     sample: Sample,
     rows: tuple[Address, ...],
     weights: Address,
-    apart: int,
     dim: int,
     acc: Address,
 ) -> None:
-    """acc += weights . the four value rows; the weights lie `apart` bytes from each other."""
+    """acc += weights . the four value rows."""
     f32 = np.float32(0)
     step, skip = width(sample), lead(sample)
     p = splat(scalar(f32, weights) * row_scale(sample, rows[0]))
-    q = splat(scalar(f32, weights + apart) * row_scale(sample, rows[1]))
-    r = splat(scalar(f32, weights + 2 * apart) * row_scale(sample, rows[2]))
-    s = splat(scalar(f32, weights + 3 * apart) * row_scale(sample, rows[3]))
+    q = splat(scalar(f32, weights + 4) * row_scale(sample, rows[1]))
+    r = splat(scalar(f32, weights + 8) * row_scale(sample, rows[2]))
+    s = splat(scalar(f32, weights + 12) * row_scale(sample, rows[3]))
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     i = 0
     while i + LANES <= dim:
