@@ -14,15 +14,15 @@ from struct import Struct, unpack
 
 import numpy as np
 
-from pagedkv.core.arrays import Bool, Int32, UInt64
+from pagedkv.core.arrays import Bool, Int32, Int64, UInt64
 
 __all__ = ["PrefixIndex", "block_digest", "extend_chain", "runs"]
 
 DIGEST_BYTES = 16
 PAIR = Struct("=QQ")
 MEAN_CHAIN = 2
-FEW = 256
-"""From about here on, looking up hashes all at once is faster than one by one."""
+FEW, MANY = 256, 128
+"""From about here on, looking up hashes, and putting in new ones, is faster for all at once."""
 
 END, UNUSED, REMOVED = -1, -2, -4
 
@@ -117,9 +117,7 @@ class PrefixIndex:
 
     def knows_any(self, hashes: Ids[bytes]) -> bool:
         """Return whether any of the hashes can be found."""
-        if len(hashes) > FEW:
-            return bool((self._find_many(hashes) >= 0).any())
-        return max(self._find(hashes), default=END) >= 0
+        return max(self._find_all(hashes), default=END) >= 0
 
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
@@ -133,10 +131,14 @@ class PrefixIndex:
 
     def blocks_of(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of hashes that can all be found: [N, num_groups]."""
-        return self._blocks_of(np.fromiter(self._find(hashes), np.int32, len(hashes)))
+        return self._blocks_of(np.array(self._find_all(hashes), np.int32))
+
+    def _find_all(self, hashes: Ids[bytes]) -> list[int]:
+        """Return the entry of each hash, END if it is not known."""
+        return list(self._find(hashes)) if len(hashes) <= FEW else self._find_many(hashes).tolist()
 
     def _find(self, hashes: Ids[bytes]) -> Iterator[int]:
-        """Yield the entry of each hash, END if it is not known."""
+        """Yield the same, one by one."""
         words, following, heads = self._words.data, self._next.data, self._heads.data
         chains = len(heads)
         for digest in hashes:
@@ -153,7 +155,7 @@ class PrefixIndex:
         wanted = np.frombuffer(b"".join(hashes), np.uint64)
         low, high = wanted[0::2], wanted[1::2]
         lows, highs = self._words[0::2], self._words[1::2]
-        found: Int32 = self._heads[low % np.uint64(len(self._heads))]
+        found: Int32 = self._heads[self._chains_of(low)]
         at = np.arange(len(found))
         while len(at):
             entry = found[at]
@@ -188,6 +190,8 @@ class PrefixIndex:
         Returns:
             The indices of those that were new, ascending.
         """
+        if len(digests) >= MANY:
+            return self._insert_at_once(digests, block_ids, new=new)
         words, following, heads = self._words.data, self._next.data, self._heads.data
         fresh: list[int] = []
         chains, own = len(heads), self.num_groups == 1
@@ -211,10 +215,65 @@ class PrefixIndex:
             following[entry], heads[chain] = heads[chain], entry
             fresh.append(i)
         if not own:
-            self._blocks[spare[: len(fresh)]] = block_ids[fresh]
-            self._entry_of[block_ids[fresh]] = spare[: len(fresh), None]
+            self._note_blocks(spare[: len(fresh)], block_ids[fresh])
         self._count += len(fresh)
         return fresh
+
+    def _note_blocks(self, entries: Int32, block_ids: Int32) -> None:
+        self._blocks[entries] = block_ids
+        self._entry_of[block_ids] = entries[:, None]
+
+    def _insert_at_once(self, digests: Ids[bytes], block_ids: Int32, *, new: bool) -> Ids[int]:
+        """Do what `insert_many` does by the array; only entries that follow a removed one are taken
+        out of their chains one by one.
+        """
+        fresh: Ids[int] = list(range(len(digests)))
+        if not new:
+            known = self._find_all(digests)
+            first = dict(zip(reversed(digests), reversed(fresh), strict=True))
+            fresh = [i for i in sorted(first.values()) if known[i] < 0]
+            digests, block_ids = [digests[i] for i in fresh], block_ids[fresh]
+        if self.num_groups == 1:
+            entries = block_ids[:, 0]
+        else:
+            entries = self._numbers[self._count : self._count + len(fresh)]
+            self._note_blocks(entries, block_ids)
+        self._count += len(fresh)
+        self._unlink_at_once(entries[self._next.take(entries) != UNUSED])
+        halves = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+        self._words.reshape(-1, 2)[entries] = halves
+        chains = self._chains_of(halves[:, 0])
+        order = chains.argsort(kind="stable")
+        chains, entries = chains[order], entries[order]
+        # Each leads to the next of its chain, the last of them to what stood first there.
+        after = self._heads[chains]
+        shared = (chains[1:] == chains[:-1]).nonzero()[0]
+        after[shared] = entries[shared + 1]
+        self._next[entries] = after
+        self._heads[chains[::-1]] = entries[::-1]  # what is written last stands: their first
+        return fresh
+
+    def _chains_of(self, low: UInt64) -> Int64:
+        chains: Int64 = (low % np.uint64(len(self._heads))).astype(np.intp)
+        return chains
+
+    def _unlink_at_once(self, entries: Int32) -> None:
+        """Take entries that were removed out of their chains: [N], each once."""
+        chains = self._chains_of(self._words[0::2].take(entries))
+        before, here = np.full(len(entries), END, np.int32), self._heads[chains]
+        at = (here != entries).nonzero()[0]
+        while len(at):  # all walk their chains in step
+            before[at] = passed = here[at]
+            here[at] = self._follow(passed)
+            at = at[here[at] != entries[at]]
+        after = REMOVED - self._next[entries]
+        first = before < 0
+        live = ~first & (self._next[before] >= END)
+        self._heads[chains[first]] = after[first]
+        self._next[before[live]] = after[live]
+        words, following, heads = self._words.data, self._next.data, self._heads.data
+        for entry in entries[~(first | live)].tolist():
+            self._unlink(entry, words, following, heads)
 
     @staticmethod
     def _unlink(

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pagedkv.core.prefix import END, FEW, UNUSED, PrefixIndex, chain_root, extend_chain
+from pagedkv.core.prefix import END, FEW, MANY, UNUSED, PrefixIndex, chain_root, extend_chain
 
 
 def ids(*numbers):
@@ -28,7 +28,7 @@ class IndexTwins(RuleBasedStateMachine):
 
     @initialize(num_groups=st.sampled_from([1, 3]))
     def make(self, num_groups):
-        self.num_blocks = 90 * num_groups
+        self.num_blocks = 140 * num_groups
         self.num_groups = num_groups
         self.index = PrefixIndex(self.num_blocks, num_groups)
         self.entries = {}
@@ -51,6 +51,27 @@ class IndexTwins(RuleBasedStateMachine):
                     assert self.index.insert(key, ids(*blocks)) == (key not in self.entries)
                 self.entries.setdefault(key, blocks)
 
+    @rule(data=st.data(), new=st.booleans())
+    def insert_together(self, data, new):
+        """Enough to be put in at once, or few; some are known or come twice."""
+        used = {block for blocks in self.entries.values() for block in blocks}
+        spare = [b for b in range(self.num_blocks) if b not in used]
+        spare = data.draw(st.permutations(spare))
+        most = len(spare) // self.num_groups
+        count = data.draw(st.sampled_from([min(most, 3), min(most, MANY), most]))
+        order, start = data.draw(st.sampled_from(["big", "little"])), data.draw(st.integers(0, 150))
+        keys = [(start + i % (1 + start % 140)).to_bytes(16, order) for i in range(count)]
+        if new:
+            keys = [key for key in dict.fromkeys(keys) if key not in self.entries]
+        blocks = np.array(spare[: len(keys) * self.num_groups], np.int32)
+        blocks = blocks.reshape(len(keys), self.num_groups)
+        fresh = []
+        for i, key in enumerate(keys):
+            if key not in self.entries:
+                self.entries[key] = blocks[i].tolist()
+                fresh.append(i)
+        assert self.index.insert_many(keys, blocks, new=new) == fresh
+
     @precondition(lambda self: self.entries)
     @rule(data=st.data())
     def match(self, data):
@@ -70,7 +91,9 @@ class IndexTwins(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def remove(self, data):
-        blocks = data.draw(st.lists(st.integers(0, self.num_blocks - 1), max_size=5, unique=True))
+        size = {"max_size": 5} if data.draw(st.booleans()) else {"min_size": 40}
+        blocks = st.lists(st.integers(0, self.num_blocks - 1), unique=True, **size)
+        blocks = data.draw(blocks)
         doomed = {self.entry_of(block) for block in blocks} - {None}
         hashes, freed = self.index.hashes_of(ids(*blocks)), self.index.remove(ids(*blocks))
         assert set(hashes) == doomed
