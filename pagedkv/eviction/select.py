@@ -38,11 +38,13 @@ def _unprotected(policy: Policy, view: View) -> Int:
 def reach(policy: Policy, view: View) -> int:
     """Return how many entries of each table it takes to say which go, at least 1; reads no score.
 
-    All further ones are protected, and nothing asks for their ranks.
+    All further ones are protected, and no other rank depends on them.
     """
-    if policy.threshold is not None:  # compares with the mean of all that are sealed
-        return int(view.num_sealed.max(initial=1))
-    return max(1, int(_unprotected(policy, view).max(initial=1)))
+    end = _unprotected(policy, view)
+    # A threshold goes by the mean of all; so may a score from elsewhere.
+    if policy.threshold is not None or ":" in policy.score:
+        end = -(-view.num_resident // view.block_size)
+    return max(1, int(end.max(initial=1)))
 
 
 def choose(ranks: Float32, candidates: Bool, num_evict: Int) -> Bool:

@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from pagedkv import eviction
 from pagedkv.eviction import (
+    Score,
     View,
     choose,
     condemn,
@@ -18,6 +19,13 @@ from pagedkv.eviction import (
     select,
     survivors,
 )
+
+AGAINST_THE_MEAN = Score(
+    observe="mass_sum",
+    update=lambda step, _: (step.score, step.weight),
+    rank=lambda view, *_: np.abs(view.score - view.score.mean(axis=1, keepdims=True)),
+)
+"""A score from elsewhere, by which every entry's rank depends on all of its table."""
 
 
 def view(resident, *, size=4, width=12, score=None, weight=1.0, computed=None, prompt=0, **more):
@@ -150,6 +158,7 @@ def test_a_round_never_touches_what_is_protected(score, resident, sinks, recent,
         "recent=0.3 + score=sum + budget=16 + spread=ada",
         "sinks=2 + budget=8",
         "score=sum + ratio=0.5",
+        f"recent=0.5 + score={__name__}:AGAINST_THE_MEAN + budget=16",
     ],
 )
 @given(
