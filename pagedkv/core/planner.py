@@ -77,7 +77,8 @@ def _slots(batch: Batch, place: Int32) -> Int64:
         # Flat, for looking up by group, row and index takes twice as long.
         entry = table.tables_of(batch.token_rows).reshape(table.num_groups, -1)
         blocks = table.block_table.reshape(-1).take(entry * table.block_table.shape[2] + index)
-    slots: Int64 = blocks.astype(np.int64)
+    # Gathered rows come out row after row; plans lie group after group.
+    slots: Int64 = blocks.astype(np.int64, order="C")
     slots *= table.block_size
     slots += place - index * table.block_size
     return slots

@@ -181,3 +181,16 @@ def test_nobody_pays_for_penalties_that_nobody_asked_for():
     driver.add(make_request("plain", [1, 2]))
     driver.step()
     assert driver.plans[-1].sampling.penalties is None
+
+
+def test_a_plans_slots_lie_group_after_group_whichever_rows_run():
+    driver = Driver(make_config(4, 200), num_groups=3)
+    for name in "abcd":
+        driver.add(make_request(name, 6))
+    driver.step()
+    driver.scheduler.abort("b")
+    driver.step()
+    plan = driver.plans[-1]
+    assert plan.rows.tolist() == [0, 2, 3]
+    assert plan.num_tokens == 3
+    assert plan.slot_mapping.flags.c_contiguous
