@@ -17,6 +17,7 @@ __all__ = [
     "at_rows",
     "plan_width",
     "whole_tables",
+    "with_room",
 ]
 
 Bool = npt.NDArray[np.bool_]

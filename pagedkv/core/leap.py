@@ -145,7 +145,7 @@ def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -
     lasts = table.limit[drawing] - known
     room = last = int(lasts.min(initial=FAR))
     if past_ends and left is None and not roster.waiting:
-        last = int(lasts.max(initial=0))
+        last = int(lasts.max(initial=1))
     resident = table.num_resident[:, rows] + first
     steps = min(most, last, _repeats(scheduler, decision, left))
     if steps > 1:

@@ -51,5 +51,5 @@ def turns(batch: Batch, width: int) -> Int32 | None:
     if batch.rotates is None or not (batch.rotates & (table.num_evicted[at] > 0)).any():
         return None
     turned = table.turn[:, at, :width]
-    # The first tables mostly tell: their first block turns for whatever goes after it.
+    # The first group mostly tells: its blocks turn for whatever goes between them and the query.
     return turned.copy() if turned[:1].any() or turned.any() else None

@@ -107,8 +107,12 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def agrees(self) -> bool:
-        """Whether all tables of a sequence give up the same entries, windows apart."""
+        """Whether all tables of a sequence give up the same entries, windows apart.
+
+        A score from elsewhere may rank by layer and head, even where it observes nothing.
+        """
         alike = self.spread == "uniform" and self.scorer().observe == "none"
+        alike = alike and ":" not in self.score
         return alike and not self.shrinks
 
     @property

@@ -123,7 +123,8 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
     def counts(self) -> bool:
         """Whether an update adds what was observed, by every query since an entry sealed.
 
-        The second accumulator then is how many those are (`View.queries_since_sealed`).
+        The second accumulator then is how many those are (`View.queries_since_sealed`), or
+        whether there are any, where the rank asks no more (`weighs`).
         """
         return self.update is _add and self.lookback is None
 

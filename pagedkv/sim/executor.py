@@ -55,13 +55,16 @@ class CostExecutor:
 
     def _observed(self, plan: StepPlan) -> list[Observed]:
         found = []
-        width = plan.block_table.shape[2]
         for wanted in plan.observations:
             self.num_synthetic += 1
-            used = -(-plan.num_resident[:, wanted.members] // self._block_size)
-            place = np.arange(width)
-            # A block keeps its draw wherever it stands in the table: it goes by block id.
-            blocks = plan.block_table[:, wanted.members].astype(np.int64)
+            size = 1 if wanted.unit == "token" else self._block_size
+            used = -(-plan.num_resident[:, wanted.members] // size)
+            place = np.arange(wanted.width)
+            # An entry keeps its draw wherever it stands in the table: a block goes by its id, a
+            # token by its slot.
+            block, offset = np.divmod(place, self._block_size // size)
+            blocks = plan.block_table[:, wanted.members].astype(np.int64)[..., block]
+            blocks = blocks * (self._block_size // size) + offset
             uniform = (stream_tokens(blocks, np.zeros(1, np.int64)) + 1.0) / 2.0**30
             share = 1.0 / np.maximum(uniform, 1e-6)
             share[..., 0] += share.max()

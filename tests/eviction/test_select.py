@@ -176,6 +176,17 @@ def test_nothing_past_its_reach_decides_a_round(text, score, resident):
     assert (condemn(chosen, near) == gone[:, :width]).all()
 
 
+BY_LAYER = Score(observe="none", update=AGAINST_THE_MEAN.update, rank=lambda view, *_: view.score)
+"""A score from elsewhere, which may rank by layer and head though it observes nothing."""
+
+
+def test_tables_agree_only_where_nothing_but_position_decides():
+    assert policy("streaming").agrees
+    assert policy("sinks=4 + budget=16").agrees
+    for text in ("h2o", "streaming + spread=ada", f"score={__name__}:BY_LAYER + budget=16"):
+        assert not policy(text).agrees
+
+
 def test_survivors_keep_their_order():
     keep = np.array([[True, False, True, True, False], [False, False, False, True, False]])
     order, count = survivors(keep)

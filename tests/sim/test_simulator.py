@@ -269,6 +269,17 @@ def test_scores_are_said_to_be_made_up():
     assert judged.occupancy.peaks["held"] < plain.occupancy.peaks["held"]
 
 
+@pytest.mark.parametrize(
+    "eviction", ["h2o + budget=32 + unit=token", "sinks=4 + budget=16 + unit=token"]
+)
+def test_policies_that_rank_tokens_are_shown_masses_of_tokens(eviction):
+    asked = listed(*(request(0.1 * i, 70 + i, 60, i) for i in range(4)))
+    runs = [pagedkv.simulate(config(eviction=eviction), asked, leap=leap) for leap in (True, False)]
+    assert runs[0].summary["completed"] == 4
+    assert runs[0].summary["synthetic_scores"] is True
+    assert outcome(runs[0]) == outcome(runs[1])
+
+
 def test_preempted_requests_are_served_and_counted():
     asks = [request(0.0, 40, 60, key) for key in range(6)]
     found = pagedkv.simulate(config(60), listed(*asks), watch=True)
