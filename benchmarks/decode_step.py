@@ -31,7 +31,7 @@ from pagedkv.cli.results import check_writable, write_result
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import Request
 from pagedkv.core.scheduler import Scheduler
-from pagedkv.device import executor, passes
+from pagedkv.device import executor, passes, turned
 from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.operators import CpuPagedOp
@@ -88,6 +88,8 @@ def attach(clocks: Clocks, loaded: LoadedModel) -> None:
     clocks.wrap(loaded.model, "forward", "residuals and calls between modules")
     clocks.wrap(CpuPagedOp, "apply", "attention")
     clocks.wrap(passes, "paged_attention", "xformers dispatch")
+    clocks.wrap(turned, "paged_attention", "xformers dispatch")
+    clocks.wrap(turned.TurnedBias, "attend", "turning queries and merging")
     clocks.wrap(KVStore, "write", "writing keys and values")
     clocks.wrap(Pass, "_show", "observing")
     clocks.wrap(Pass, "observed", "observing")
@@ -219,6 +221,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     options = parser.parse_args()
+    if options.prefill and not options.budget:
+        parser.error("--prefill says nothing without --budget: prompts are computed anyway")
     check_writable(options.json)
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model, pack_weights=options.pack_weights, progress=False)

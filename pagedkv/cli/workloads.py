@@ -125,7 +125,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that would say nothing.
 
     Raises:
-        ConfigError: A trace is given together with what makes a workload up, or the other way.
+        ConfigError: A trace is given together with what makes a workload up, or the other way; or
+            what is given is for other kinds of workload, or formats, than those asked for.
     """
     given = _set(args, _OF_TRACES if args.trace is None else _MADE_UP)
     if given:

@@ -1,4 +1,4 @@
-"""The array types of the control plane."""
+"""The array types of the control plane; how its columns are read, compared and made longer."""
 
 import functools
 from typing import Any

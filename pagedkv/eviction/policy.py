@@ -111,9 +111,8 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
         A score from elsewhere may rank by layer and head, even where it observes nothing.
         """
-        alike = self.spread == "uniform" and self.scorer().observe == "none"
-        alike = alike and ":" not in self.score
-        return alike and not self.shrinks
+        by_position = self.scorer().observe == "none" and ":" not in self.score
+        return by_position and self.spread == "uniform" and not self.shrinks
 
     @property
     def scores_errors(self) -> bool:

@@ -25,6 +25,25 @@ def test_prompts_that_are_not_computed_leave_the_tables_of_those_that_are(evicti
     computed, made_up = (llm.scheduler.schedule() for llm in llms)
     for name in ("block_table", "num_resident", "positions", "slot_mapping"):
         assert np.array_equal(getattr(computed, name), getattr(made_up, name))
+    for pool in (llms[1].store.keys, llms[1].store.values):  # normal numbers throughout
+        assert abs(pool.mean()) < 0.1
+        assert abs(pool.std() - 1) < 0.1
+
+
+def test_computing_prompts_is_for_budgets(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--model=tiny-random", "--prefill"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "--prefill says nothing without --budget" in capsys.readouterr().err
+
+
+def test_the_shares_of_a_step_whose_queries_turn_name_the_turning(monkeypatch, tmp_path):
+    path = tmp_path / "result.json"
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    more = ["--model=tiny-random", "--policy=streaming + budget=64", "--threads=1"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *small, *more, f"--json={path}"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert json.loads(path.read_text())["parts"]["turning queries and merging"] > 0
 
 
 def test_a_budget_is_held_and_reported(monkeypatch, tmp_path, capsys):

@@ -26,6 +26,8 @@ AGAINST_THE_MEAN = Score(
     rank=lambda view, *_: np.abs(view.score - view.score.mean(axis=1, keepdims=True)),
 )
 """A score from elsewhere, by which every entry's rank depends on all of its table."""
+BY_LAYER = Score(observe="none", update=AGAINST_THE_MEAN.update, rank=lambda view, *_: view.score)
+"""A score from elsewhere, which may rank by layer and head though it observes nothing."""
 
 
 def view(resident, *, size=4, width=12, score=None, weight=1.0, computed=None, prompt=0, **more):
@@ -174,10 +176,6 @@ def test_nothing_past_its_reach_decides_a_round(text, score, resident):
     gone = condemn(chosen, whole)
     assert not gone[:, width:].any()
     assert (condemn(chosen, near) == gone[:, :width]).all()
-
-
-BY_LAYER = Score(observe="none", update=AGAINST_THE_MEAN.update, rank=lambda view, *_: view.score)
-"""A score from elsewhere, which may rank by layer and head though it observes nothing."""
 
 
 def test_tables_agree_only_where_nothing_but_position_decides():

@@ -280,6 +280,23 @@ def test_policies_that_rank_tokens_are_shown_masses_of_tokens(eviction):
     assert outcome(runs[0]) == outcome(runs[1])
 
 
+def test_a_replica_has_the_blocks_that_its_storage_leaves_room_for():
+    asked = listed(request(0, 1000, 20, 0))
+
+    def served(**cache):
+        made = pagedkv.EngineConfig(cache=pagedkv.CacheConfig(**cache))
+        return pagedkv.simulate(made, asked).summary
+
+    usual, narrow, half = (
+        served(),
+        served(kv_cache_dtype="int8"),
+        served(kv_cache_memory_fraction=0.5),
+    )
+    assert narrow["num_blocks"] == pytest.approx(usual["num_blocks"] * 256 / 132, abs=2)
+    assert narrow["mean_tpot_ms"] < usual["mean_tpot_ms"]
+    assert half["num_blocks"] == COST.num_blocks(16, fraction=0.5) < usual["num_blocks"]
+
+
 def test_preempted_requests_are_served_and_counted():
     asks = [request(0.0, 40, 60, key) for key in range(6)]
     found = pagedkv.simulate(config(60), listed(*asks), watch=True)
