@@ -1,11 +1,13 @@
 """Parts of a transformers model that native code does instead, where it computes the same.
 
 Between its matrix products a model asks torch for many small operations. In a decode step each
-costs more in calls than in arithmetic. Two kinds of them are done natively on the CPU in fp32: RMS
-norms, and the rotation of queries and keys. Both are recognised by what they compute, on random
-numbers, and only then replaced, in this model and no other; whatever differs stays as it is.
+costs more in calls than in arithmetic. Three kinds of them are done natively on the CPU in fp32:
+RMS norms, the rotation of queries and keys, and the gates of feed-forward layers. All are
+recognised by what they compute, on random numbers, and only then replaced, in this model and no
+other; whatever differs stays as it is.
 """
 
+import copy
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = ["substitute"]
 # What all transformers models with rotary positions call theirs, each in its own file.
 _ROTATION = "apply_rotary_pos_emb"
 _TOLERANCE = 1e-5
+_GATED = ("gate_proj", "up_proj", "down_proj")
 # Numbers in a tensor: with more, as in prompts, arithmetic is what counts, and torch has threads.
 _MOST = 1 << 18
 _Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -56,6 +59,17 @@ def norm(epsilon: float) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
+def gated(self: Any, x: Tensor) -> Tensor:
+    """Forward of modules whose feed-forward layer is gated by SiLU."""
+    from pagedkv.device.cpu.rowwise import silu_gate
+
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    whole = gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous()
+    mixed = silu_gate(gate, up) if whole and native(gate) else nn.functional.silu(gate) * up
+    out: Tensor = self.down_proj(mixed)
+    return out
+
+
 def substitute(model: Any, geometry: ModelGeometry) -> None:
     """Replace what can be; does nothing but for fp32 on the CPU.
 
@@ -73,6 +87,8 @@ def substitute(model: Any, geometry: ModelGeometry) -> None:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 _replace_norm(module)
+            elif all(hasattr(module, name) for name in _GATED):
+                _replace_gate(module)
             elif isinstance(getattr(module, "layer_idx", None), int):
                 _replace_rotation(module, geometry)
 
@@ -89,6 +105,24 @@ def _replace_norm(module: nn.Module) -> None:
         module.forward = MethodType(ours, module)
 
 
+class _Stub(nn.Module):
+    """Stands in for a product: known numbers of the size that the gate is tried on."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def _replace_gate(module: nn.Module) -> None:
+    """Try the module without its weights: these may be of any size, and all alike."""
+    bare = copy.copy(module)
+    stubs = (_Stub(lambda x: 3 * x), _Stub(lambda x: x.flip(-1)), _Stub(lambda x: 2 * x))
+    bare._modules = {**module._modules, **dict(zip(_GATED, stubs, strict=True))}
+    probe = _noise(1, 3, 40)
+    if _alike(lambda: (bare(probe),), lambda: (gated(bare, probe),)):
+        module.forward = MethodType(gated, module)
+
+
 def _replace_rotation(module: nn.Module, geometry: ModelGeometry) -> None:
     """Give one attention module a forward that looks the name of its rotation up in ours."""
     forward = type(module).forward
@@ -101,11 +135,11 @@ def _replace_rotation(module: nn.Module, geometry: ModelGeometry) -> None:
         return
     assert isinstance(forward, FunctionType)
     own = forward.__globals__ | {_ROTATION: ours}
-    copy = FunctionType(
+    renamed = FunctionType(
         forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__
     )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = MethodType(copy, module)
+    renamed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(renamed, module)
 
 
 def _same_rotation(theirs: _Rotation, ours: _Rotation, geometry: ModelGeometry, width: int) -> bool:

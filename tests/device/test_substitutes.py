@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as rotate_part
@@ -48,6 +49,34 @@ def test_norms_are_those_of_the_model(size, rows):
     x = 30 * noise(2, rows, size)
     ours = rowwise.rms_norm(x, norm.weight, 1e-5)
     torch.testing.assert_close(ours, norm(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [7, 16, 1536])
+def test_gates_are_those_of_torch(size):
+    gate, up = 30 * noise(2, 5, size), noise(2, 5, size, seed=1)
+    gate[0, 0, :5] = torch.tensor([0.0, -200.0, 200.0, torch.inf, torch.nan])
+    expected = nn.functional.silu(gate) * up
+    ours = rowwise.silu_gate(gate, up)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize(("activation", "replaced"), [("silu", True), ("gelu", False)])
+def test_a_gate_is_known_by_what_it_computes_whatever_its_weights(activation, replaced):
+    loaded = load_model("tiny-random", dtype="bfloat16")
+    model = loaded.model.float()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = ACT2FN[activation]
+        for parameter in layer.mlp.parameters():
+            parameter.data.zero_()
+    substitute(model, loaded.geometry)
+    assert all(("forward" in vars(layer.mlp)) == replaced for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 3000])
+def test_a_replaced_gate_answers_as_before(tokens):
+    mlp = load_model("tiny-random").model.model.layers[0].mlp
+    x = noise(1, tokens, 192)
+    torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ROTATED)

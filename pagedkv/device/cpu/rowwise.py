@@ -1,10 +1,11 @@
-"""Rotations and norms, row by row: what a model asks of every token between its products.
+"""Rotations, norms and gates, row by row: what a model asks of every token between its products.
 
 Each is one call here and a dozen in torch. Where a step has few tokens, calls are what they cost:
 what Python does around one is kept to the least. fp32 only, on the calling thread.
 """
 
 import hashlib
+import math
 from functools import cache
 from typing import Any
 
@@ -20,9 +21,11 @@ from .simd import (
     Address,
     Number,
     add,
+    div,
     fma,
     kernel,
     load,
+    maximum,
     mul,
     put,
     scalar,
@@ -31,8 +34,12 @@ from .simd import (
     sub,
     total,
 )
+from .simd_math import exp2
 
-__all__ = ["get_ready", "rms_norm", "rotate", "rotate_head"]
+__all__ = ["get_ready", "rms_norm", "rotate", "rotate_head", "silu_gate"]
+
+_FAR = -80.0  # below it the logistic function is 0 beside anything; keeps exp2 in range
+_LOG2_E = 1.0 / math.log(2.0)
 
 
 @kernel
@@ -108,9 +115,26 @@ def _norm(
         out += 4 * size
 
 
+@kernel
+def _gate(gate: Address, up: Address, out: Address, count: int) -> None:
+    """up * gate / (1 + exp(-gate)), number by number."""
+    f32 = np.float32(0)
+    whole = count // LANES * LANES
+    one, far, base = splat(np.float32(1)), splat(np.float32(_FAR)), splat(np.float32(-_LOG2_E))
+    for at in range(0, 4 * whole, 4 * LANES):
+        x = load(f32, gate + at)
+        below = add(one, exp2(mul(maximum(x, far), base)))
+        store(out + at, mul(div(x, below), load(f32, up + at)))
+    for at in range(4 * whole, 4 * count, 4):
+        rest = scalar(f32, gate + at)
+        least = np.float32(_FAR) if rest < np.float32(_FAR) else rest
+        below_one = np.float32(1) + np.float32(math.exp(-least))
+        put(out + at, rest / below_one * scalar(f32, up + at))
+
+
 @cache
 def _compiled(name: str) -> Any:
-    """One of the two, as ctypes calls it."""
+    """One of the three, as ctypes calls it."""
     # numba's disk cache looks at this file only; the digest stands for what it imports.
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
 
@@ -123,6 +147,12 @@ def _compiled(name: str) -> Any:
         digest  # noqa: B018  part of the cache key
         _norm(source, weight, out, rows, size, epsilon)
 
+    def gating(gate, up, out, count):  # type: ignore[no-untyped-def]
+        digest  # noqa: B018  part of the cache key
+        _gate(gate, up, out, count)
+
+    if name == "silu_gate":
+        return compile_native(types.void(*[types.int64] * 4), gating, name).ctypes
     if name == "rotate":
         return compile_native(types.void(*[types.int64] * 15), rotation, name).ctypes
     kinds = [*[types.int64] * 5, types.float32]
@@ -130,14 +160,14 @@ def _compiled(name: str) -> Any:
 
 
 def get_ready() -> None:
-    """Compile both, or load them from disk.
+    """Compile all three, or load them from disk.
 
     Raises:
         UnsupportedBackend: They cannot be compiled here.
 
     Cost: a second, once per machine.
     """
-    for name in ("rotate", "rms_norm"):
+    for name in ("rotate", "rms_norm", "silu_gate"):
         _compiled(name)
 
 
@@ -186,4 +216,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     _compiled("rms_norm")(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon
     )
+    return out
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up``; fp32, contiguous and of one shape."""
+    out = torch.empty_like(gate)
+    _compiled("silu_gate")(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out

@@ -295,6 +295,7 @@ def splat(_typing: Any, value: Any) -> Any:
 add = operation(2, lambda b, x, y: b.fadd(x, y))
 sub = operation(2, lambda b, x, y: b.fsub(x, y))
 mul = operation(2, lambda b, x, y: b.fmul(x, y))
+div = operation(2, lambda b, x, y: b.fdiv(x, y))
 fma = operation(3, lambda b, x, y, z: call(b, intrinsic_name("fma"), VEC, [x, y, z]))
 maximum = operation(2, lambda b, x, y: _larger(b, x, y))
 
