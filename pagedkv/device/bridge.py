@@ -166,12 +166,13 @@ def paged_attention(
         step.windows.append(int(extra.get("sliding_window") or 0))
     out = step.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # Not [0] and [None], which take torch some times as long.
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
     )
-    return out[None], None
+    return out.unsqueeze(0), None
 
 
 def _place(module: torch.nn.Module) -> str:

@@ -58,6 +58,7 @@ class TorchExecutor:
         shape = model.geometry
         operator.get_ready(store.keys[0], model.dtype, shape.num_query_heads, shape.head_dim)
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Move and copy, run the packed tokens through the model, draw a token per sample.
 
@@ -74,6 +75,7 @@ class TorchExecutor:
             result = msgspec.structs.replace(result, prompt_logprobs=scores)
         return msgspec.structs.replace(result, observed=observed) if observed else result
 
+    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[torch.Tensor, list[Observed]]:
         """Carry a plan out up to its logits.
 

@@ -67,7 +67,7 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
             )
         if batch.num_slots < 0 or batch.num_slots > d.key.shape[1]:
             reasons.append(f"the block table leads outside the {d.key.shape[1]} slots of the keys")
-        if (batch.resident > batch.table.shape[1] * batch.block_size).any():
+        if batch.overrun:
             reasons.append("a sequence has more tokens than its row of the block table has slots")
         return reasons
 
@@ -122,12 +122,19 @@ def outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     return out, lse, bias.block_lse
 
 
-def result(inp: Any, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """What `apply` returns, in xformers' shapes and the output dtype."""
+def result(
+    inp: Any, out: torch.Tensor, lse: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, Any]:
+    """What `apply` returns, in xformers' shapes and the output dtype.
+
+    xformers calls it a gradient's need when somebody wants the lse.
+    """
     if isinstance(inp.attn_bias, PagedBias):
         inp.attn_bias.lse = lse
     shape = inp.query.shape
     out = out.view(shape).to(inp.get_output_dtype())
+    if not needs_gradient:
+        return out, None
     return out, common.Context(out=out, lse=lse.view(1, *shape[2:-1], shape[1]))
 
 
@@ -151,7 +158,7 @@ class CpuPagedOp(PagedOp):
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
-        """Run attention; returns (out, Context(out, lse)).
+        """Run attention; returns (out, Context(out, lse) if needed).
 
         Raises:
             UnsupportedBackend: The kernel cannot be compiled here; nothing was written.
@@ -166,7 +173,7 @@ class CpuPagedOp(PagedOp):
             batch = read(inp.attn_bias)
             prepared = getattr(inp.attn_bias, "prepared", {})
             call.run(batch, prepared, (q, k, v), (out, lse, block_lse), inp.scale_float)
-        return result(inp, out, lse)
+        return result(inp, out, lse, needs_gradient)
 
 
 class ReferenceOp(PagedOp):
@@ -181,12 +188,12 @@ class ReferenceOp(PagedOp):
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
-        """Run attention; returns (out, Context(out, lse)). Slow: gathers every context."""
+        """Run attention; returns (out, Context(out, lse) if needed). Slow: gathers all."""
         q, k, v = inp.get_qkv_in_bmghk()
         out, lse, block_lse = outputs(inp, q)
         batch = read(inp.attn_bias)
         reference.run(batch, {}, (q, k, v), (out, lse, block_lse), inp.scale_float)
-        return result(inp, out, lse)
+        return result(inp, out, lse, needs_gradient)
 
 
 def paged_attention(

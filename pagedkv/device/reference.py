@@ -28,6 +28,7 @@ class Batch:
     block_size: int
     window: int
     num_slots: int  # slots that the keys must at least have; -1 if a block id is negative
+    overrun: bool  # a sequence has more tokens than its row of the table has slots
 
     @classmethod
     def read(cls, bias: Any, *, from_end: bool, from_start: bool) -> "Batch":
@@ -60,7 +61,8 @@ class Batch:
             base = key_starts[:-1]
             slots = int((base + resident).max(initial=0))
         causal, window = from_end or from_start, getattr(bias, "window", 0)
-        return cls(starts, resident, first, causal, table, base, size, window, slots)
+        overrun = bool((resident > table.shape[1] * size).any())
+        return cls(starts, resident, first, causal, table, base, size, window, slots, overrun)
 
     def limit(self, b: int, i: int) -> int:
         """How many keys the i-th query of sequence b sees, window aside."""

@@ -114,7 +114,7 @@ class TiledOp(PagedOp):
             _, logs = cls._run(q, k, v, launch, inp.scale_float)
             block_lse.fill_(-torch.inf)
             block_lse[launch.queries[: launch.num_real], :, launch.entry] = logs.t()
-        return result(inp, out, lse)
+        return result(inp, out, lse, needs_gradient)
 
     @classmethod
     def _run(

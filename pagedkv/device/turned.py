@@ -19,7 +19,7 @@ from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
 from pagedkv.device.turns import Turns
 
 if TYPE_CHECKING:
-    from pagedkv.device.cpu.partials import Merge
+    from pagedkv.device.cpu.partials import Merge, Turn
 
 __all__ = ["TurnedBias"]
 
@@ -171,6 +171,7 @@ class _Part:
         self.pairs = token, first[run], count[run]
         self._rows = row
         self._row = send(row) if row.any() else None
+        self._native: Turn | None = None
         pair, column = np.nonzero(np.arange(count.max(initial=1)) < count[run][:, None])
         at = (pair, column, token[pair], first[run[pair]] + column)
         self._scattered = tuple(send(each) for each in at)
@@ -184,9 +185,11 @@ class _Part:
     def turned(self, query: Tensor, turns: Turns, native: bool) -> Tensor:
         """Return the queries of the pairs, turned for their runs: [N, Hq, D]."""
         if native and not turns.interleaved:
-            from pagedkv.device.cpu.partials import turn
+            if self._native is None:
+                from pagedkv.device.cpu.partials import Turn
 
-            return turn(query, self.pairs[0], self._rows, turns.cos, turns.sin)
+                self._native = Turn(self.pairs[0], self._rows, turns.cos, turns.sin)
+            return self._native(query)
         asked = query.index_select(0, self.token)
         return asked if self._row is None else turns.apply(asked, self._row)
 

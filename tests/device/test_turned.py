@@ -68,7 +68,7 @@ def test_turned_queries_have_the_bits_of_torch(pairs):
     angles = Turns(np.array([[0, 5, -70]], np.int32), tuple(10.0 ** -np.arange(pairs)))
     query = noise(4, 3, 2 * pairs + 3)[:, :2]
     token, row = np.array([3, 0, 0, 1, 2]), np.array([1, 0, 2, 2, 0])
-    ours = partials.turn(query, token, row, angles.cos, angles.sin)
+    ours = partials.Turn(token, row, angles.cos, angles.sin)(query)
     asked = query.index_select(0, torch.from_numpy(token))
     assert torch.equal(ours, angles.apply(asked, torch.from_numpy(row)))
 

@@ -34,7 +34,7 @@ from .simd import (
     store,
 )
 
-__all__ = ["Merge", "get_ready", "turn"]
+__all__ = ["Merge", "Turn", "get_ready"]
 
 
 @kernel
@@ -204,34 +204,42 @@ def get_ready() -> None:
         _compiled(name)
 
 
-def turn(query: Tensor, token: Int64, row: Int64, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the queries of pairs, each turned by its own angles: fp32 [N, H, dim].
+class Turn:
+    """How the queries of pairs are turned; made once per step.
 
     Args:
-        query: fp32 [T, H, dim]; any strides but the last, which is 1.
         token: int64 [N] Whose query each pair asks with.
         row: int64 [N] Its row of the angles; row 0 turns nothing.
         cos: fp32 [U, pairs], contiguous, of elements (i, i + pairs); what lies behind stays.
         sin: The same shape.
     """
-    _, heads, dim = query.shape
-    step, head_step, _ = query.stride()
-    out = torch.empty(len(token), heads, dim, dtype=torch.float32)
-    _compiled("turn")(
-        query.data_ptr(),
-        out.data_ptr(),
-        token.ctypes.data,
-        row.ctypes.data,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        len(token),
-        heads,
-        dim,
-        cos.shape[1],
-        4 * step,
-        4 * head_step,
-    )
-    return out
+
+    def __init__(self, token: Int64, row: Int64, cos: Tensor, sin: Tensor) -> None:
+        self._owned = token, row, cos, sin
+        self._addresses = token.ctypes.data, row.ctypes.data, cos.data_ptr(), sin.data_ptr()
+        self._count, self._pairs = len(token), cos.shape[1]
+
+    def __call__(self, query: Tensor) -> Tensor:
+        """Return the queries of the pairs, each turned by its own angles: fp32 [N, H, dim].
+
+        Args:
+            query: fp32 [T, H, dim]; any strides but the last, which is 1.
+        """
+        _, heads, dim = query.shape
+        step, head_step, _ = query.stride()
+        out = torch.empty(self._count, heads, dim, dtype=torch.float32)
+        _compiled("turn")(
+            query.data_ptr(),
+            out.data_ptr(),
+            *self._addresses,
+            self._count,
+            heads,
+            dim,
+            self._pairs,
+            4 * step,
+            4 * head_step,
+        )
+        return out
 
 
 class Merge:
@@ -257,6 +265,7 @@ class Merge:
         self._params = np.zeros(CALLS + 2 * CALL_FIELDS, np.int64)
         at = [array.ctypes.data for array in self._owned]
         self._params[: COUNT + 1] = (*at[:2], split, *at[2:])
+        self._address = self._params.ctypes.data
 
     def __call__(
         self, answers: list[tuple[Tensor, Tensor, Tensor | None]]
@@ -284,5 +293,5 @@ class Merge:
             fields += (0, 0) if seen is None else (seen.data_ptr(), seen.shape[2])
             fields.append(pairs)
         self._params[TOKENS : TOKENS + len(fields)] = fields
-        _compiled("merge")(self._params.ctypes.data)
+        _compiled("merge")(self._address)
         return out, lse, entries
