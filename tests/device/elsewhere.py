@@ -45,7 +45,8 @@ class Crossings(TorchDispatchMode):
         flat = torch.utils._pytree.tree_leaves((args, kwargs))
         devices = [x.device.type for x in flat if isinstance(x, torch.Tensor) and x.dim()]
         name = func.overloadpacket.__name__
-        if name == "_to_copy" and devices != [out.device.type] * len(devices):
+        # Inference mode shows a copy as `to`, whole: none where that returns its argument.
+        if name in ("to", "_to_copy") and devices != [out.device.type] * len(devices):
             self._count(out.device.type)
         elif name == "copy_" and len(set(devices)) > 1:
             self._count(devices[0])
