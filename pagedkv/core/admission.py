@@ -11,6 +11,7 @@ import numpy as np
 
 from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Int32, Int64
+from pagedkv.core.bounds import most_again
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import UNBOUNDED, Request, Sequence
 from pagedkv.core.table import FREE
@@ -247,7 +248,7 @@ class Admission:
             now = int(blocks.sum())
         else:
             now = self._manager.missing_blocks(seq, hits) + self._own_blocks(seq)
-            now = min(now, self._as_before(seq))
+            now = min(now, most_again(seq, groups, size))
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
         most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
@@ -266,14 +267,7 @@ class Admission:
         if seq.swapped is not None:
             return self._need(seq, NO_HITS).now
         known = self._blocks(len(seq.token_ids), seq.max_blocks) + self._own_blocks(seq)
-        return min(known, self._as_before(seq))
-
-    def _as_before(self, seq: Sequence) -> int:
-        """Return the most blocks that a preempted sequence can need again to go on.
-
-        What it forgot, or what slid out of its windows, it will have forgotten again.
-        """
-        return seq.held + self._manager.num_groups * len(seq.group)
+        return min(known, most_again(seq, self._manager.num_groups, self._manager.block_size))
 
     def _own_blocks(self, seq: Sequence) -> int:
         """Return the blocks that siblings need at once after they fork, beside the leader's.

@@ -1,12 +1,16 @@
-"""What a policy promises before anything runs: how much a sequence holds, how much it may adopt."""
+"""How much a sequence can come to hold, may adopt, and needs to come back."""
 
 from collections.abc import Sequence as Many
 
+import numpy as np
+
 from pagedkv.config import ModelConfig
-from pagedkv.core.request import UNBOUNDED, Request
+from pagedkv.core.arrays import Int32
+from pagedkv.core.request import UNBOUNDED, Request, Sequence
+from pagedkv.core.table import SequenceTable
 from pagedkv.eviction import Policy, lookback
 
-__all__ = ["foreseeable", "most_blocks", "usable_prefix"]
+__all__ = ["foreseeable", "most_again", "most_blocks", "no_wider", "usable_prefix"]
 
 
 def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
@@ -28,6 +32,34 @@ def _is_plain(policy: Policy) -> bool:
     """Whether every round of a policy cuts every table down to the same number of blocks."""
     gradual = policy.lowest is not None or policy.adaptive is not None
     return policy.unit == "block" and policy.spread == "uniform" and not gradual
+
+
+def most_again(seq: Sequence, num_groups: int, block_size: int) -> int:
+    """Return the most blocks, over all tables, that a preempted sequence needs again to go on.
+
+    Up to the end of its prompt that is what it may have held there at first. After that, what it
+    held when it was preempted and one more per table: what it forgot it will have forgotten again,
+    and what slid out of its windows will have slid, for it takes no larger steps
+    (`Retention.limit`). `UNBOUNDED` and more if that is not known.
+    """
+    prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
+    return max(seq.held + num_groups * len(seq.group), num_groups * prompt)
+
+
+def no_wider(table: SequenceTable, rows: Int32, need: Int32) -> Int32:
+    """Return ``need`` cut to what `most_again` lets preempted rows hold: [B] each."""
+    groups, size = table.num_groups, table.block_size
+    need = need.copy()
+    for i in np.flatnonzero(need > 1).tolist():
+        seq = table.sequences[rows[i]]
+        assert seq is not None
+        computed = int(table.num_computed[rows[i]])
+        most = most_again(seq.leader, groups, size)
+        room = (most - int(table.num_blocks[:, rows[i]].sum())) // groups
+        # To the end of the block at hand, or of the next: less is no step.
+        end = -(-computed // size) + max(room, computed % size == 0)
+        need[i] = min(need[i], end * size - computed)
+    return need
 
 
 def usable_prefix(policy: Policy, block_size: int) -> int:

@@ -156,7 +156,7 @@ class Intake:
         table, row = self._table, seq.row
         end = seq.fork_at if seq.siblings else int(table.num_known[row])
         left = end - int(table.num_computed[row])
-        if not table.keeps_scores:
+        if not (table.keeps_scores or self._retention.slides):
             count = min(left, most)
         else:
             rows = np.array([row], np.int32)

@@ -9,6 +9,7 @@ import numpy as np
 from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Float32, Int32, at_rows
 from pagedkv.core.batch import Batch
+from pagedkv.core.bounds import no_wider
 from pagedkv.core.entries import Entries
 from pagedkv.core.gaps import Holes
 from pagedkv.core.groups import GroupLayout
@@ -17,6 +18,7 @@ from pagedkv.core.plan import Observation, StepPlan, StepResult
 from pagedkv.core.replay import log_round, next_logged, replay_round, restore_scores, save_scores
 from pagedkv.core.request import Certificate, Sequence
 from pagedkv.core.table import ENTRY_COLUMNS
+from pagedkv.errors import PolicyError
 from pagedkv.eviction import (
     UNOBSERVED,
     Policy,
@@ -52,7 +54,8 @@ class Retention:
         self._policies: list[Policy] = []
         self.entries = Entries(config, layout, manager)
         self.windows: Int32 = np.array(layout.windows, np.int32)
-        self._slides = bool(self.windows.any())
+        self.slides = bool(self.windows.any())
+        self.faults: list[tuple[Int32, PolicyError]] = []  # of scores, in the last step
         self._usual = self.resolve(config.cache.eviction)
 
     # Before a sequence runs
@@ -115,7 +118,12 @@ class Retention:
     # While a step is planned
 
     def limit(self, rows: Int32, need: Int32) -> Int32:
-        """Return ``need`` cut so that no row computes across a round of its policy: [B] each."""
+        """Return ``need`` cut so that no row computes across a round of its policy: [B] each.
+
+        Where windows slide, rows that compute again hold no more than they did.
+        """
+        if self.slides:
+            need = no_wider(self._table, rows, need)
         if not self._policies:
             return need
         for chosen, at in self._by_policy(Batch(self._table, rows, need)):
@@ -171,6 +179,7 @@ class Retention:
             Their masses, for `evict`, by number of their policy.
         """
         heard: dict[int, Heard] = {}
+        self.faults = []
         for wanted, observed in zip(plan.observations, result.observed, strict=True):
             live = np.flatnonzero(alive[wanted.members]).astype(np.int32)
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
@@ -180,7 +189,11 @@ class Retention:
             number = int(self._table.policy_id[rows[0]])
             chosen = self._policies[number]
             if chosen.scorer().observe != "none":
-                self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
+                try:
+                    self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
+                except PolicyError as fault:
+                    self.faults.append((rows, fault))
+                    continue
             heard[number] = rows, observed.mass[:, at_rows(live)]
             if chosen.shrinks:  # may be asked for between two steps
                 self._table.mass[:, at_rows(rows), : wanted.width] = heard[number][1]
@@ -215,7 +228,7 @@ class Retention:
         """
         rows = batch.rows
         stuck = [rows[:0]]
-        if self._slides:
+        if self.slides:
             self._slide(rows)
         for number, at in batch.policies:
             chosen = self._policies[number]
@@ -223,7 +236,10 @@ class Retention:
             computed, prompt = self._table.num_computed[rows[at]], self._table.num_prompt[rows[at]]
             due = rows[at[cadence.is_round(computed, prompt)]]
             if len(due):
-                stuck.append(self._round(chosen, due, heard.get(number)))
+                try:
+                    stuck.append(self._round(chosen, due, heard.get(number)))
+                except PolicyError as fault:
+                    self.faults.append((due, fault))
             if chosen.adaptive is not None:
                 self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
             self._restore(rows[at])
@@ -241,7 +257,7 @@ class Retention:
         table = self._table
         replays = table.num_computed[rows] <= table.replay_until[rows]
         # What one table of a row gives up, they all do, if all that counts is where entries stand.
-        groups = 1 if chosen.agrees and not self._slides else table.num_groups
+        groups = 1 if chosen.agrees and not self.slides else table.num_groups
         facts, width = self.entries.facts(chosen, rows, groups=groups), None
         if not replays.any():
             if not may_evict(chosen, facts):
@@ -251,7 +267,7 @@ class Retention:
         gone = condemn(chosen, view).reshape(groups, len(rows), -1)
         if groups < table.num_groups:
             gone = np.repeat(gone, table.num_groups, axis=0)
-        if self._slides:
+        if self.slides:
             gone[self.windows > 0] = False
         for i in np.flatnonzero(replays).tolist():
             gone[:, i] = self._logged(chosen, rows[i : i + 1], gone.shape[2])

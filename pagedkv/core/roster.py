@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.beams import Beams, Search
+from pagedkv.core.bounds import most_again
+from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.queues import WaitingQueue
 from pagedkv.core.request import Certificate, FinishedSequence, Sequence, Status
 from pagedkv.core.retention import Retention
@@ -169,6 +171,10 @@ class Roster:
         table, rows = self._table, np.array([member.row for member in started], np.int32)
         if (table.num_known[rows] - table.num_computed[rows] <= 1).all():
             leader.held = int(table.num_blocks[:, rows].sum())
+            if self._retention.slides:  # what is found is held until it slides
+                groups, size = table.num_groups, table.block_size
+                found = most_again(leader, groups, size) // groups - 1
+                leader.max_prefix = min(leader.max_prefix, found * size)
 
     def _started(self, party: list[Sequence]) -> list[Sequence]:
         """Return those that run, and do not wait for their leader."""
@@ -246,6 +252,18 @@ class Roster:
             )
             for member, certificate in zip(told, certificates, strict=True)
         ]
+
+    def search(
+        self, plan: StepPlan, result: StepResult, sample: Int64, eos_token_ids: tuple[int, ...]
+    ) -> Int64:
+        """Extend the beams among the samples of a step; return the other samples."""
+        rest = self.beams.take(plan, result, sample)
+        rows, over = self.beams.advance()
+        self._totals.generation_tokens += len(rows)
+        self._tenants.charge(self._table.tenant[rows], 1)
+        for search in over:
+            self.finished += self.end_search(search, eos_token_ids)
+        return rest
 
     def end_search(self, search: Search, eos_token_ids: tuple[int, ...]) -> list[FinishedSequence]:
         """Take a search that is over out of the scheduler; its best sequences are its answer."""

@@ -254,17 +254,25 @@ class Scheduler:
         """Take in what a plan's execution gave; sequences aborted meanwhile are passed over.
 
         A drawn token outside the vocabulary, such as -1, says that the draw failed: that sequence
-        ends with an error. So does one that was observed to attend to no finite numbers.
+        ends with an error. So does one that was observed to attend to no finite numbers, and one
+        whose policy's own score fails.
 
         Raises:
             InvalidTransition: The plan is not the outstanding one, or the result does not answer
                 all of it (`checked_result`); nothing changes.
+            BaseException: It was interrupted half way; the plan then counts as discarded.
         """
         self._check_outstanding(plan, "commit")
-        vocab_size = self.config.model.vocab_size
-        result = checked_result(plan, result, vocab_size)
-        drawn = result.token_ids
-        self._outstanding = None
+        result = checked_result(plan, result, self.config.model.vocab_size)
+        try:
+            return self._take_in(plan, result)
+        except BaseException:
+            if self._outstanding is plan:
+                self.discard(plan)
+            raise
+
+    def _take_in(self, plan: StepPlan, result: StepResult) -> StepOutput:
+        vocab_size, drawn = self.config.model.vocab_size, result.token_ids
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
         live = self._batch.where(alive)
@@ -280,8 +288,12 @@ class Scheduler:
             failed |= self._beams.faulty(plan, result, vocab_size)
         self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
         self._roster.end_failed(plan.rows, alive & ~sound, "what it attended to was not finite")
+        for rows, fault in self.retention.faults:
+            self._roster.end_failed(rows, np.ones(len(rows), np.bool_), str(fault))
         sample = self.table.runs[plan.sample_rows].nonzero()[0]
-        sample = self._search(plan, result, sample)
+        if self._beams:
+            eos = self.config.model.eos_token_ids
+            sample = self._roster.search(plan, result, sample, eos)
         draws, token_ids = self._draws.only(sample), drawn[sample].astype(np.int32)
         rows, seq_ids = draws.rows, self.table.seq_id[draws.rows]
         stopped, full = draws.append(token_ids)
@@ -291,24 +303,12 @@ class Scheduler:
         self.tenants.charge(draws.tenants, 1)
         self._finish_ended(rows, token_ids, stopped, full)
         finished, self._roster.finished = self._roster.finished, []
+        self._outstanding = None
         if self._audits:
             self.audit()
         return StepOutput(
             rows=rows, seq_ids=seq_ids, token_ids=token_ids, sample=sample, finished=finished
         )
-
-    def _search(self, plan: StepPlan, result: StepResult, sample: Int64) -> Int64:
-        """Extend the beams among the samples of a step; return the other samples."""
-        if not self._beams:
-            return sample
-        rest = self._beams.take(plan, result, sample)
-        rows, over = self._beams.advance()
-        self._totals.generation_tokens += len(rows)
-        self.tenants.charge(self.table.tenant[rows], 1)
-        for search in over:
-            eos = self.config.model.eos_token_ids
-            self._roster.finished += self._roster.end_search(search, eos)
-        return rest
 
     def discard(self, plan: StepPlan) -> None:
         """Give up a plan that could not be carried out.

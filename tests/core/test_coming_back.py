@@ -1,0 +1,81 @@
+"""Who was pushed back comes back, though on its way it held more than when it went."""
+
+import pytest
+
+from pagedkv import CacheConfig, EngineConfig, ModelConfig, Request, SamplingParams, SchedulerConfig
+
+from .answers import Service
+
+SIZE = 16
+BOUNDED = {
+    "window": {"sliding_window": (32, 32)},
+    "windows and none": {"sliding_window": (32, 0)},
+    "policy": {},
+}
+
+
+def request(name, num_prompt, max_tokens, **more):
+    """A prompt of its own, to be answered in so many tokens."""
+    prompt = [ord(name[0]) * 100 + len(name) + i for i in range(num_prompt)]
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=len(name))
+    return Request(request_id=name, prompt_token_ids=prompt, sampling=params, **more)
+
+
+def config(bounded, granularity, *, num_blocks, caching=False):
+    facts = BOUNDED[bounded]
+    groups = {"sequence": 1, "layer": 2}[granularity]
+    return EngineConfig(
+        model=ModelConfig(
+            num_layers=2, num_kv_heads=2, max_model_len=2000, vocab_size=50_000, **facts
+        ),
+        cache=CacheConfig(
+            block_size=SIZE,
+            num_blocks=num_blocks * groups,
+            granularity=granularity,
+            eviction="sinks=4 + budget=32" if bounded == "policy" else "full",
+            enable_prefix_caching=caching,
+        ),
+        scheduler=SchedulerConfig(scheduling_policy="priority", max_num_seqs=8),
+    )
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("num_prompt", [10, 150])
+@pytest.mark.parametrize(
+    ("bounded", "granularity"),
+    [
+        ("window", "sequence"),
+        ("window", "layer"),
+        ("windows and none", "layer"),
+        ("policy", "sequence"),
+        ("policy", "layer"),
+    ],
+)
+def test_a_bounded_sequence_comes_back_into_a_tight_pool(bounded, granularity, num_prompt, caching):
+    """What slid or was forgotten is there again for a while, when its tokens are computed again."""
+    # With a layer that forgets nothing the pool has to hold all of it.
+    num_blocks = 20 if bounded == "windows and none" else 12
+    service = Service(config(bounded, granularity, num_blocks=num_blocks, caching=caching))
+    service.add(request("low", num_prompt, 130, priority=5))
+    for _ in range(120):
+        service.step()
+    service.add(*(request("urgent" + "!" * i, 90, 30) for i in range(3))).run()
+    ends = service.finished.values()
+    assert [end.finish_reason for end in ends] == ["length"] * 4
+    assert service.finished["low", 0].num_preemptions > 0
+
+
+def test_a_window_is_computed_again_in_steps_no_wider_than_it_was_held():
+    service = Service(config("window", "sequence", num_blocks=12))
+    service.add(request("low", 10, 200, priority=5))
+    for _ in range(180):
+        service.step()
+    service.add(request("urgent", 150, 20))
+    widest = 0
+    while service.scheduler.has_unfinished():
+        plan = service.step()
+        if 0 in plan.seq_ids:
+            tokens = int(plan.num_resident[0, plan.seq_ids.tolist().index(0)])
+            widest = max(widest, -(-tokens // SIZE))
+    assert service.finished["low", 0].num_preemptions == 1
+    assert widest == 4  # the window's three, and one more
