@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence as Many
 
-import numpy as np
-
 from pagedkv.config import ModelConfig
-from pagedkv.core.arrays import Int32
 from pagedkv.core.request import UNBOUNDED, Request, Sequence
-from pagedkv.core.table import SequenceTable
 from pagedkv.eviction import Policy, lookback
 
-__all__ = ["foreseeable", "most_again", "most_blocks", "no_wider", "usable_prefix"]
+__all__ = ["foreseeable", "most_again", "most_blocks", "usable_prefix"]
 
 
 def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
@@ -44,22 +40,6 @@ def most_again(seq: Sequence, num_groups: int, block_size: int) -> int:
     """
     prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
     return max(seq.held + num_groups * len(seq.group), num_groups * prompt)
-
-
-def no_wider(table: SequenceTable, rows: Int32, need: Int32) -> Int32:
-    """Return ``need`` cut to what `most_again` lets preempted rows hold: [B] each."""
-    groups, size = table.num_groups, table.block_size
-    need = need.copy()
-    for i in np.flatnonzero(need > 1).tolist():
-        seq = table.sequences[rows[i]]
-        assert seq is not None
-        computed = int(table.num_computed[rows[i]])
-        most = most_again(seq.leader, groups, size)
-        room = (most - int(table.num_blocks[:, rows[i]].sum())) // groups
-        # To the end of the block at hand, or of the next: less is no step.
-        end = -(-computed // size) + max(room, computed % size == 0)
-        need[i] = min(need[i], end * size - computed)
-    return need
 
 
 def usable_prefix(policy: Policy, block_size: int) -> int:

@@ -4,12 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Int32
+from pagedkv.core.bounds import most_again
 from pagedkv.core.gaps import Holes
 from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
 from pagedkv.core.table import SCORE_COLUMNS, SequenceTable
 from pagedkv.core.tokens import TokenColumns
 
-__all__ = ["log_round", "next_logged", "replay_round", "restore_scores", "save_scores"]
+__all__ = ["log_round", "next_logged", "no_wider", "replay_round", "restore_scores", "save_scores"]
 
 FIRST_BITS = np.packbits(np.tri(9, 8, -1, np.uint8), axis=1).ravel()
 """[9] Bytes of which so many bits are set, from the first on."""
@@ -51,6 +52,22 @@ def next_logged(table: SequenceTable, row: int) -> int:
     seq, computed = table.sequences[row], int(table.num_computed[row])
     assert seq is not None
     return next((at for at in seq.evictions if at > computed), UNBOUNDED) - computed
+
+
+def no_wider(table: SequenceTable, rows: Int32, need: Int32) -> Int32:
+    """Return ``need`` cut to what `most_again` lets preempted rows hold: [B] each."""
+    groups, size = table.num_groups, table.block_size
+    need = need.copy()
+    for i in np.flatnonzero(need > 1).tolist():
+        seq = table.sequences[rows[i]]
+        assert seq is not None
+        computed = int(table.num_computed[rows[i]])
+        most = most_again(seq.leader, groups, size)
+        room = (most - int(table.num_blocks[:, rows[i]].sum())) // groups
+        # To the end of the block at hand, or of the next: less is no step.
+        end = -(-computed // size) + max(room, computed % size == 0)
+        need[i] = min(need[i], end * size - computed)
+    return need
 
 
 def replay_round(table: SequenceTable, row: int, keep: Bool, in_use: Int32) -> None:

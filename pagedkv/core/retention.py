@@ -9,13 +9,19 @@ import numpy as np
 from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Float32, Int32, at_rows
 from pagedkv.core.batch import Batch
-from pagedkv.core.bounds import no_wider
 from pagedkv.core.entries import Entries
 from pagedkv.core.gaps import Holes
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
-from pagedkv.core.replay import log_round, next_logged, replay_round, restore_scores, save_scores
+from pagedkv.core.replay import (
+    log_round,
+    next_logged,
+    no_wider,
+    replay_round,
+    restore_scores,
+    save_scores,
+)
 from pagedkv.core.request import Certificate, Sequence
 from pagedkv.core.table import ENTRY_COLUMNS
 from pagedkv.errors import PolicyError
@@ -126,7 +132,7 @@ class Retention:
             need = no_wider(self._table, rows, need)
         if not self._policies:
             return need
-        for chosen, at in self._by_policy(Batch(self._table, rows, need)):
+        for chosen, at in self.by_policy(Batch(self._table, rows, need)):
             computed = self._table.num_computed[rows[at]]
             cadence = chosen.cadence(self._manager.block_size)
             ahead = cadence.next_round(computed, self._table.num_prompt[rows[at]]) - computed
@@ -145,7 +151,7 @@ class Retention:
             width: Of the plan's block tables; those who rank tokens need only their own.
         """
         wanted, rows = [], batch.rows
-        for chosen, at in self._by_policy(batch):
+        for chosen, at in self.by_policy(batch):
             live = at[self._table.num_computed[rows[at]] >= self._table.replay_until[rows[at]]]
             if len(live):
                 entries = width
@@ -343,7 +349,7 @@ class Retention:
             gone = np.arange(width) < blind[:, sliding, None]
             self._manager.drop(rows[sliding], Holes.of(gone))
 
-    def _by_policy(self, batch: Batch) -> list[tuple[Policy, Int32]]:
+    def by_policy(self, batch: Batch) -> list[tuple[Policy, Int32]]:
         """Return each policy among the rows and the indices of its rows."""
         return [(self._policies[i], at) for i, at in batch.policies]
 
@@ -355,16 +361,6 @@ class Retention:
             one = np.array([row], np.int32)
             gone = self._logged(chosen, one, self.entries.width(chosen, one))[:, None]
             self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
-
-    def elastic(self, rows: Int32) -> list[tuple[Policy, Int32]]:
-        """Return those of running rows that can be made to forget blocks, by policy.
-
-        None that replays, and none that ranks tokens: packing what it keeps may take blocks.
-        """
-        table = self._table
-        rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
-        found = self._by_policy(Batch(table, rows, rows))
-        return [(chosen, rows[at]) for chosen, at in found if chosen.shrinks]
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""

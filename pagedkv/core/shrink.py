@@ -3,6 +3,7 @@
 import numpy as np
 
 from pagedkv.core.arrays import Bool, Float32, Int32
+from pagedkv.core.batch import Batch
 from pagedkv.core.retention import Retention
 from pagedkv.eviction import Policy, protect
 
@@ -24,7 +25,8 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
         How many blocks became available, ``need`` at most.
     """
     candidates = [
-        (chosen, mine, _masses(retention, chosen, mine)) for chosen, mine in retention.elastic(rows)
+        (chosen, mine, _masses(retention, chosen, mine))
+        for chosen, mine in _elastic(retention, rows)
     ]
     if not candidates or need <= 0:
         return 0
@@ -43,6 +45,17 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
                 assert seq is not None
                 seq.num_shrinks += 1
     return int(taken.sum())
+
+
+def _elastic(retention: Retention, rows: Int32) -> list[tuple[Policy, Int32]]:
+    """Return those of running rows that can be made to forget blocks, by policy.
+
+    None that replays, and none that ranks tokens: packing what it keeps may take blocks.
+    """
+    table = retention.table
+    rows = rows[table.num_computed[rows] >= table.replay_until[rows]]
+    found = retention.by_policy(Batch(table, rows, rows))
+    return [(chosen, rows[at]) for chosen, at in found if chosen.shrinks]
 
 
 def _masses(retention: Retention, chosen: Policy, rows: Int32) -> Float32:
