@@ -4,6 +4,10 @@ The matrix is cut into panels of COLUMNS output features, each [inputs, COLUMNS]
 panel comes from memory once and then serves all rows from the second-level cache, HEIGHT rows at
 a time with their sums in registers (`product.py`). So a decode step of a few users is bound by
 reading the weights. Threads share the panels; a row's sums do not depend on other rows.
+
+Weights that can be had from a byte each (`codes.py`) lie in bytes and are expanded where they are
+multiplied, to the same fp32 numbers, which are summed in the same order: the same result, bit for
+bit, for a third of the reading.
 """
 
 import hashlib
@@ -15,10 +19,24 @@ import torch
 from numba import types
 from torch import Tensor
 
+from .codes import GROUP, GROUP_BYTES, decode, encode
 from .kernel import run, sources
 from .native import compile_native
-from .product import HEIGHT, product
-from .simd import LANES, Address, atomic_add, get, kernel
+from .product import HEIGHT, product, product_onto
+from .simd import (
+    LANES,
+    Address,
+    atomic_add,
+    fma,
+    get,
+    kernel,
+    load,
+    prefetch,
+    scalar,
+    splat,
+    stack,
+    store,
+)
 
 __all__ = ["get_ready", "multiply", "pack", "unpack"]
 
@@ -27,13 +45,18 @@ COLUMNS = 3 * LANES
 # cache beside a panel.
 _ROWS_AT_ONCE = 1 << 16
 
+# Inputs whose weights are expanded at once: they stay in the first-level cache.
+_PIECE = 3 * GROUP
+_ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
+
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
-NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN = range(10)
+NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
+_FP32, _BYTES, _ONE_ROW_OF_BYTES = range(3)
 
 
 @kernel
 def _some_panels(params: Address, chunk: int, low: int, high: int) -> None:
-    """Panels low..high of a chunk's rows."""
+    """Panels low..high of a chunk's rows, weights in fp32."""
     inputs, stride = get(params, INPUTS), get(params, OUT_STRIDE)
     first = chunk * get(params, AT_ONCE)
     last = min(first + get(params, AT_ONCE), get(params, NUM_BLOCKS))
@@ -46,6 +69,82 @@ def _some_panels(params: Address, chunk: int, low: int, high: int) -> None:
 
 
 @kernel
+def _expand(group: Address, end: Address, to: Address) -> None:
+    """Write the weights of some groups of inputs: fp32 [GROUP, COLUMNS] each."""
+    f32, i8 = np.float32(0), np.int8(0)
+    while group < end:
+        d0, d1, d2 = load(f32, group), load(f32, group + 4 * LANES), load(f32, group + 8 * LANES)
+        m = group + 4 * COLUMNS
+        m0, m1, m2 = load(f32, m), load(f32, m + 4 * LANES), load(f32, m + 8 * LANES)
+        group += GROUP_BYTES * COLUMNS
+        for q in range(m + 4 * COLUMNS, group, COLUMNS):
+            store(to, fma(load(i8, q), d0, m0))
+            store(to + 4 * LANES, fma(load(i8, q + LANES), d1, m1))
+            store(to + 8 * LANES, fma(load(i8, q + 2 * LANES), d2, m2))
+            to += 4 * COLUMNS
+
+
+@kernel
+def _some_panels_of_bytes(params: Address, chunk: int, low: int, high: int) -> None:
+    """The same, weights in bytes: a piece is expanded, then multiplied with all of the rows."""
+    inputs, stride = get(params, INPUTS), get(params, OUT_STRIDE)
+    first = chunk * get(params, AT_ONCE)
+    last = min(first + get(params, AT_ONCE), get(params, NUM_BLOCKS))
+    ones = _ones_and_piece()
+    weights = ones + 4 * COLUMNS
+    for v in range(3):
+        store(ones + 4 * LANES * v, splat(np.float32(1)))
+    each = GROUP_BYTES * COLUMNS
+    group = get(params, PANELS) + each * (inputs // GROUP) * low
+    for panel in range(low, high):
+        for begin in range(0, inputs, _PIECE):
+            count = min(_PIECE, inputs - begin)
+            end = group + each * (count // GROUP)
+            _expand(group, end, weights)
+            group = end
+            for line in range(0, each * (_PIECE // GROUP), 64):
+                prefetch(end + line)  # memory would be idle during the products
+            for block in range(first, last):
+                rows = get(params, ROWS) + 4 * inputs * HEIGHT * block + 4 * begin
+                out = get(params, OUT) + stride * HEIGHT * block + 4 * COLUMNS * panel
+                step = 4 * COLUMNS
+                if begin == 0:
+                    product(rows, 4 * inputs, 4, weights, step, count, out, stride)
+                else:
+                    product_onto(rows, 4 * inputs, 4, weights, step, count, out, stride, ones)
+
+
+@kernel
+def _one_row_of_bytes(params: Address, low: int, high: int) -> None:
+    """The same for a row alone, with nothing written but its sums."""
+    f32, i8 = np.float32(0), np.int8(0)
+    inputs = get(params, INPUTS)
+    group = get(params, PANELS) + GROUP_BYTES * COLUMNS * (inputs // GROUP) * low
+    for panel in range(low, high):
+        s0 = s1 = s2 = splat(f32)
+        row = get(params, ROWS)
+        for _ in range(inputs // GROUP):
+            m = group + 4 * COLUMNS
+            d0, d1, d2 = (
+                load(f32, group),
+                load(f32, group + 4 * LANES),
+                load(f32, group + 8 * LANES),
+            )
+            m0, m1, m2 = load(f32, m), load(f32, m + 4 * LANES), load(f32, m + 8 * LANES)
+            group += GROUP_BYTES * COLUMNS
+            for q in range(m + 4 * COLUMNS, group, COLUMNS):
+                number = splat(scalar(f32, row))
+                s0 = fma(number, fma(load(i8, q), d0, m0), s0)
+                s1 = fma(number, fma(load(i8, q + LANES), d1, m1), s1)
+                s2 = fma(number, fma(load(i8, q + 2 * LANES), d2, m2), s2)
+                row += 4
+        out = get(params, OUT) + 4 * COLUMNS * panel
+        store(out, s0)
+        store(out + 4 * LANES, s1)
+        store(out + 8 * LANES, s2)
+
+
+@kernel
 def _multiply(params: Address) -> None:
     """Take runs of panels off the shared counter until none is left."""
     panels, run = get(params, NUM_PANELS), get(params, RUN)
@@ -54,7 +153,13 @@ def _multiply(params: Address) -> None:
     item = atomic_add(params + 8 * NEXT, 1)
     while item < chunks * runs:
         low = item % runs * run
-        _some_panels(params, item // runs, low, min(low + run, panels))
+        high = min(low + run, panels)
+        if get(params, HOW) == _FP32:
+            _some_panels(params, item // runs, low, high)
+        elif get(params, HOW) == _BYTES:
+            _some_panels_of_bytes(params, item // runs, low, high)
+        else:
+            _one_row_of_bytes(params, low, high)
         item = atomic_add(params + 8 * NEXT, 1)
 
 
@@ -83,16 +188,25 @@ def get_ready() -> None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a weight fp32 [outputs, inputs] as panels [P, inputs, COLUMNS], zeros at the end."""
+    """Return a weight fp32 [outputs, inputs] as panels of COLUMNS features, zeros at the end.
+
+    They are in bytes, as `encode` returns them, if that is all of the weight; else fp32
+    [P, inputs, COLUMNS].
+    """
     outputs, inputs = weight.shape
     whole = torch.zeros(-(-outputs // COLUMNS) * COLUMNS, inputs, dtype=torch.float32)
     whole[:outputs] = weight
+    coded = encode(whole, COLUMNS)
+    if coded is not None:
+        return coded
     return whole.view(-1, COLUMNS, inputs).transpose(1, 2).contiguous()
 
 
 def unpack(panels: Tensor, outputs: int) -> Tensor:
     """Return what `pack` was given, bit for bit."""
-    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:outputs].contiguous()
+    in_bytes = panels.dtype == torch.int8
+    whole = decode(panels) if in_bytes else panels.transpose(1, 2).flatten(0, 1)
+    return whole[:outputs].contiguous()
 
 
 def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
@@ -103,15 +217,19 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         panels: What `pack` made of the weight.
     """
     tokens, inputs = rows.shape
-    num_panels, blocks = len(panels), -(-tokens // HEIGHT)
-    if tokens % HEIGHT:
-        whole = torch.zeros(blocks * HEIGHT, inputs, dtype=torch.float32)
+    how = _FP32 if panels.dtype == torch.float32 else _BYTES
+    if how == _BYTES and tokens == 1:
+        how = _ONE_ROW_OF_BYTES
+    height = 1 if how == _ONE_ROW_OF_BYTES else HEIGHT
+    num_panels, blocks = len(panels), -(-tokens // height)
+    if tokens % height:
+        whole = torch.zeros(blocks * height, inputs, dtype=torch.float32)
         whole[:tokens] = rows
         rows = whole
     rows = rows.contiguous()
-    out = torch.empty(blocks * HEIGHT, num_panels * COLUMNS, dtype=torch.float32)
+    out = torch.empty(blocks * height, num_panels * COLUMNS, dtype=torch.float32)
     threads = torch.get_num_threads()
-    params = np.zeros(RUN + 1, np.int64)
+    params = np.zeros(HOW + 1, np.int64)
     params[ROWS:] = (
         rows.data_ptr(),
         panels.data_ptr(),
@@ -122,6 +240,7 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         4 * COLUMNS * num_panels,
         max(_ROWS_AT_ONCE // inputs // HEIGHT, 1),
         min(max(num_panels // (4 * threads), 1), 8),
+        how,
     )
     if blocks:
         run(_worker(), params, threads)

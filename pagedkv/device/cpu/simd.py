@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 _FEATURES = dict(llvm.get_host_cpu_features())
@@ -279,6 +280,16 @@ def atomic_add(_typing: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", pointer_to(builder, args[0], _I64), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+def stack(size: int) -> Any:
+    """An intrinsic that gives the address of `size` bytes, the calling function's until it ends."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        place = cgutils.alloca_once(builder, ir.ArrayType(VEC, -(-size // (4 * LANES))))
+        return builder.ptrtoint(place, _I64)
+
+    return _lowered(lambda _typing: (types.int64(), codegen))
 
 
 @_lowered
