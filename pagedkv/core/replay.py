@@ -1,4 +1,7 @@
-"""A preempted sequence forgets the same things again: rounds of eviction, logged and repeated."""
+"""A preempted sequence forgets the same things again: rounds of eviction, logged and repeated.
+
+And what slid out of its windows does not come back at once: they are filled no wider than before.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +58,10 @@ def next_logged(table: SequenceTable, row: int) -> int:
 
 
 def no_wider(table: SequenceTable, rows: Int32, need: Int32) -> Int32:
-    """Return ``need`` cut to what `most_again` lets preempted rows hold: [B] each."""
+    """Return ``need`` cut to what `most_again` lets preempted rows hold: [B] each.
+
+    Cost: a loop over the rows that compute more than one token.
+    """
     groups, size = table.num_groups, table.block_size
     need = need.copy()
     for i in np.flatnonzero(need > 1).tolist():
