@@ -5,13 +5,12 @@ An environment variable names its field by section: ``PAGEDKV_CACHE__BLOCK_SIZE=
 written as in JSON.
 """
 
-import difflib
 import functools
 import json
 import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pagedkv.errors import ConfigError, PagedKVError, shown
+from pagedkv.errors import ConfigError, PagedKVError, closest, shown
 
 __all__ = [
     "CacheConfig",
@@ -255,7 +254,7 @@ def load_config(
         if "unknown field" in what:
             unknown = what.split("`")[1]
             name = ".".join(filter(None, (field, unknown)))
-            remedy = _nearest(unknown, _fields_of(field)) or remedy
+            remedy = _nearest(unknown, _fields_of(field) or [*_sections(), *_settings()]) or remedy
         at = " ".join(filter(None, (origin.get(name, where), field))) or "config"
         raise ConfigError(what, where=at, remedy=remedy) from None
     except ConfigError as fault:
@@ -269,37 +268,39 @@ def _variables(env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     Raises:
         ConfigError: A variable begins as ours do and means nothing.
     """
+    known = {ENV_PREFIX + dotted.replace(".", "__").upper(): dotted for dotted in _settings()}
     for name, text in sorted(env.items()):
-        section, found, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if not name.startswith(ENV_PREFIX) or name in OTHER_VARIABLES:
             continue
-        if not found:
-            known = [
-                f"{ENV_PREFIX}{part}__{each}".upper()
-                for part in _fields_of("")
-                for each in _fields_of(part)
-            ]
+        if name.upper() not in known:
             raise ConfigError(
                 "no setting has this name",
                 where=name,
                 remedy=_nearest(name, [*known, *OTHER_VARIABLES])
                 or f"write {ENV_PREFIX}<SECTION>__<FIELD>; see `pagedkv config schema`",
             )
-        yield name, f"{section}.{field}", text
+        yield name, known[name.upper()], text
+
+
+def _sections() -> dict[str, type[Checked]]:
+    return {cls.section: cls for cls in (ModelConfig, CacheConfig, SchedulerConfig)}
 
 
 def _fields_of(section: str) -> list[str]:
-    """Return the fields of a section; of "", the sections."""
-    sections = {cls.section: cls for cls in (ModelConfig, CacheConfig, SchedulerConfig)}
-    if not section:
-        return list(sections)
+    """Return the fields of a section; nothing if there is no such section."""
+    sections = _sections()
     return list(sections[section].__struct_fields__) if section in sections else []
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _settings() -> list[str]:
+    """Return every field as ``section.field``."""
+    return [f"{section}.{field}" for section in _sections() for field in _fields_of(section)]
+
+
+def _nearest(name: str, known: list[str]) -> str:
     """Return a question after the known name that is most like this one, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    near = closest(name, known)
+    return f"did you mean {near}?" if near else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -365,11 +366,7 @@ def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
         ConfigError: No section has such a field, or a value is not accepted.
     """
     sections: dict[str, dict[str, Any]] = {}
-    known = {
-        name: section
-        for section in ("model", "cache", "scheduler")
-        for name in msgspec.structs.asdict(getattr(config, section))
-    }
+    known = {name: section for section, _, name in (each.partition(".") for each in _settings())}
     for name, value in fields.items():
         if name not in known:
             hint = _nearest(name, list(known)) or "see `pagedkv config schema`"

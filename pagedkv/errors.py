@@ -19,6 +19,8 @@ A message has three parts: where the fault is, what is wrong, and what would do 
 Raising one of these leaves the state as it was, unless the raiser's docstring says otherwise.
 """
 
+import difflib
+
 __all__ = [
     "ConfigError",
     "CorruptModel",
@@ -34,6 +36,7 @@ __all__ = [
     "Unattainable",
     "UnsupportedBackend",
     "WorkerLost",
+    "closest",
     "is_text",
     "shown",
 ]
@@ -66,6 +69,15 @@ def shown(value: object, most: int = 80) -> str:
     except Exception:  # a repr may raise anything; an integer's does beyond 4,300 digits
         size = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
         return f"<{type(value).__name__}{size}>"
+
+
+def closest(name: str, known: list[str], *, cutoff: float = 0.6) -> str:
+    """Return the known name that a misspelt one most likely stands for, or nothing.
+
+    Args:
+        cutoff: How alike they must be at least, from 0 to 1.
+    """
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), "")
 
 
 def is_text(value: object) -> bool:

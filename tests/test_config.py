@@ -220,8 +220,6 @@ def test_later_sources_win():
         ("PAGEDKV_CACHE__BLOCK_SIZE", "many", "cache.block_size"),
         ("PAGEDKV_CACHE__BLOCK_SIZE", "0", "cache.block_size"),
         ("PAGEDKV_CACHE__BLOCK_SIZE", "", "cache.block_size"),
-        ("PAGEDKV_CACHE__BLOCK_SISE", "4", "block_sise"),
-        ("PAGEDKV_CASH__BLOCK_SIZE", "4", "cash"),
     ],
 )
 def test_a_wrong_variable_is_refused_by_field(name, text, field):
@@ -234,12 +232,19 @@ def test_a_wrong_variable_is_refused_by_field(name, text, field):
         ("PAGEDKV_CACHE_BLOCK_SIZE", "PAGEDKV_CACHE__BLOCK_SIZE"),
         ("PAGEDKV_BLOCK_SIZE", "PAGEDKV_CACHE__BLOCK_SIZE"),
         ("PAGEDKV_ADUIT", "PAGEDKV_AUDIT"),
+        ("PAGEDKV_CACHE__BLOCK_SISE", "PAGEDKV_CACHE__BLOCK_SIZE"),
+        ("PAGEDKV_CASH__BLOCK_SIZE", "PAGEDKV_CACHE__BLOCK_SIZE"),
     ],
 )
 def test_a_variable_that_names_nothing_is_refused_with_the_nearest_name(name, meant):
     told = fault_of(load_config, env={name: "32"})
     assert told.startswith(name)
     assert f"did you mean {meant}?" in told
+
+
+@pytest.mark.parametrize("name", ["PAGEDKV_FOO__BAR", "PAGEDKV_CACHE__", "PAGEDKV___X"])
+def test_a_variable_like_no_other_is_refused_by_its_name(name):
+    assert fault_of(load_config, env={name: "1"}).startswith(f"{name}: ")
 
 
 def test_an_error_blames_the_source_that_set_the_value(write):
@@ -252,6 +257,15 @@ def test_an_error_blames_the_source_that_set_the_value(write):
     told = fault_of(load_config, misspelt, env={})
     assert told.startswith(str(misspelt))
     assert "did you mean block_size?" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("cach.block_size", "cache"), ("cache.block_sise", "block_size"), ("block_size", "cache.")],
+)
+def test_a_misspelt_override_is_refused_with_the_nearest_name(name, meant):
+    told = fault_of(load_config, overrides={name: 4}, env={})
+    assert f"did you mean {meant}" in told
 
 
 @pytest.mark.parametrize("suffix", ["json", "toml"])

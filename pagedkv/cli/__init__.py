@@ -4,7 +4,6 @@ A verb's module has ``add_parser(subparsers) -> None`` and ``run(args) -> int``.
 """
 
 import argparse
-import difflib
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pagedkv import __version__
-from pagedkv.errors import PagedKVError, PolicyError
+from pagedkv.errors import PagedKVError, PolicyError, closest
 
 __all__ = ["main"]
 
@@ -74,8 +73,8 @@ class _Parser(argparse.ArgumentParser):
         """As argparse, but refuse what is unknown here, where the nearest flag can be named."""
         found, extra = super().parse_known_args(args, namespace)
         if extra and extra[0].startswith("-"):
-            near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = closest(extra[0], list(self._option_string_actions))
+            hint = f"; did you mean {near}?" if near else ""
             self.error(f"there is no flag {extra[0]}{hint}")
         if extra:
             self.error(f"{extra[0]!r} is one argument too many; give flags first, then the rest")

@@ -7,12 +7,11 @@
 `TERMS` lists every name. A later term never repeats an earlier one, but replaces a preset's.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pagedkv.errors import PolicyError, shown
+from pagedkv.errors import PolicyError, closest, shown
 from pagedkv.eviction.policy import Policy
 from pagedkv.eviction.presets import PRESETS
 from pagedkv.eviction.scores import SCORES
@@ -184,8 +183,8 @@ def _rivals(field: str) -> tuple[str, ...]:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(known)}"
+    close = closest(name, list(known), cutoff=0.5)
+    return f"did you mean {close!r}?" if close else f"give one of {', '.join(known)}"
 
 
 # Values
