@@ -6,6 +6,7 @@ from collections.abc import Sequence as Many
 from contextlib import suppress
 from typing import Any
 
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from pagedkv.config import EngineConfig, ModelConfig, as_config, with_fields
@@ -182,12 +183,19 @@ class LLM:
         return [ScoreOutput.of(output) for output in outputs]
 
     def abort(self, request_id: str) -> None:
-        """End a request that `stream` is serving; its last output says ``abort``.
+        """End a request that `stream` is serving.
+
+        In its last output a sequence that had ended before keeps its reason, and the others say
+        ``abort``; under ``best_of`` all do, for which are the likeliest was not known yet.
 
         Raises:
             InvalidTransition: No such request is in work.
         """
-        self._keep(self._collector.finish(self.scheduler.abort(request_id)))
+        ends = self.scheduler.abort(request_id)
+        finished = self._collector.finish(ends)
+        if any(end.cumulative_logprob is not None for end in ends):
+            finished = [_unchosen(output) for output in finished]
+        self._keep(finished)
 
     def chat(
         self,
@@ -326,6 +334,15 @@ class LLM:
 
     def _keep(self, finished: list[RequestOutput]) -> None:
         self._done.update((output.request_id, output) for output in finished)
+
+
+def _unchosen(output: RequestOutput) -> RequestOutput:
+    """Return what was gathered of a request whose ``n`` likeliest will never be known."""
+    outputs = [
+        each if each.error else replace(each, finish_reason="abort", stop_reason=None)
+        for each in output.outputs
+    ]
+    return replace(output, outputs=outputs)
 
 
 def _asked(config: EngineConfig | None, fields: dict[str, Any]) -> EngineConfig:
