@@ -1,7 +1,8 @@
 """What happens when blocks lack: a ladder, cheapest rung first.
 
     reclaim     cached blocks nobody uses are reused; the pool does that by itself
-    shrink      sequences with an elastic budget forget what they attend to least
+    shrink      sequences with an elastic budget forget what they attend to least; one whose own
+                score fails at that ends with an error
     swap        a victim's blocks move to host memory, and come back later as they were
     recompute   a victim's blocks are dropped, and its tokens computed again later
     fail        a sequence that is alone and still lacks blocks ends with an error
@@ -67,8 +68,8 @@ class Pressure:
             rows: The running rows that may be asked to give, in order of admission.
         """
         freed = shrink(self._retention, lacking, rows)
-        if freed:
-            self._totals.blocks_shrunk += freed
+        self._totals.blocks_shrunk += freed
+        if self._roster.end_faulty() or freed:
             return
         first = self._sequence(int(rows[0]))
         if all(self._sequence(row).leader is first.leader for row in rows.tolist()):

@@ -13,7 +13,14 @@ from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores, Sequence
 from pagedkv.core.table import SCORE_COLUMNS, SequenceTable
 from pagedkv.core.tokens import TokenColumns
 
-__all__ = ["log_round", "next_logged", "no_wider", "replay_round", "restore_scores", "save_scores"]
+__all__ = [
+    "log_round",
+    "no_wider",
+    "replay_round",
+    "restore_scores",
+    "save_scores",
+    "until_logged",
+]
 
 FIRST_BITS = np.packbits(np.tri(9, 8, -1, np.uint8), axis=1).ravel()
 """[9] Bytes of which so many bits are set, from the first on."""
@@ -50,11 +57,20 @@ def _packed(holes: Holes, in_use: Int32) -> npt.NDArray[np.uint8]:
     return (bits.ravel() - gone).reshape(-1, groups, size)
 
 
-def next_logged(table: SequenceTable, row: int) -> int:
-    """Return how many tokens a row is from the next eviction in its log."""
-    seq, computed = table.sequences[row], int(table.num_computed[row])
-    assert seq is not None
-    return next((at for at in seq.evictions if at > computed), UNBOUNDED) - computed
+def until_logged(table: SequenceTable, rows: Int32, need: Int32) -> Int32:
+    """Return ``need`` cut so that who replays stops at each eviction in its log: [B] each.
+
+    Cost: a loop over the rows that replay.
+    """
+    computed = table.num_computed[rows]
+    left = table.replay_until[rows] - computed
+    need = np.where(left > 0, np.minimum(need, left), need)
+    for i in np.flatnonzero(left > 0).tolist():
+        seq = table.sequences[rows[i]]
+        assert seq is not None
+        logged = next((at for at in seq.evictions if at > computed[i]), UNBOUNDED)
+        need[i] = min(need[i], logged - computed[i])
+    return need
 
 
 def no_wider(table: SequenceTable, rows: Int32, need: Int32) -> Int32:

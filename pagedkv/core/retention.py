@@ -4,6 +4,9 @@ The eviction plane says what a policy is; this says when it looks, what it is to
 record that lets a preempted sequence forget the same things again.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from pagedkv.config import EngineConfig
@@ -16,11 +19,11 @@ from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
 from pagedkv.core.replay import (
     log_round,
-    next_logged,
     no_wider,
     replay_round,
     restore_scores,
     save_scores,
+    until_logged,
 )
 from pagedkv.core.request import Certificate, Sequence
 from pagedkv.core.table import ENTRY_COLUMNS
@@ -61,7 +64,7 @@ class Retention:
         self.entries = Entries(config, layout, manager)
         self.windows: Int32 = np.array(layout.windows, np.int32)
         self.slides = bool(self.windows.any())
-        self.faults: list[tuple[Int32, PolicyError]] = []  # of scores, in the last step
+        self.faults: list[tuple[Int32, PolicyError]] = []  # of scores; `Roster.end_faulty` clears
         self._usual = self.resolve(config.cache.eviction)
 
     # Before a sequence runs
@@ -136,12 +139,8 @@ class Retention:
             computed = self._table.num_computed[rows[at]]
             cadence = chosen.cadence(self._manager.block_size)
             ahead = cadence.next_round(computed, self._table.num_prompt[rows[at]]) - computed
-            replay = self._table.replay_until[rows[at]] - computed
-            ahead = np.where(replay > 0, np.minimum(ahead, replay), ahead)
-            for i in np.flatnonzero(replay > 0).tolist():
-                ahead[i] = min(ahead[i], next_logged(self._table, int(rows[at[i]])))
             need = need.copy()
-            need[at] = np.minimum(need[at], ahead)
+            need[at] = np.minimum(need[at], until_logged(self._table, rows[at], ahead))
         return need
 
     def observations(self, batch: Batch, width: int) -> list[Observation]:
@@ -195,15 +194,20 @@ class Retention:
             number = int(self._table.policy_id[rows[0]])
             chosen = self._policies[number]
             if chosen.scorer().observe != "none":
-                try:
+                with self.blaming(rows):
                     self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
-                except PolicyError as fault:
-                    self.faults.append((rows, fault))
-                    continue
             heard[number] = rows, observed.mass[:, at_rows(live)]
             if chosen.shrinks:  # may be asked for between two steps
                 self._table.mass[:, at_rows(rows), : wanted.width] = heard[number][1]
         return heard
+
+    @contextmanager
+    def blaming(self, rows: Int32) -> Iterator[None]:
+        """Note whose own score fails in here, instead of raising it to whoever takes the step."""
+        try:
+            yield
+        except PolicyError as fault:
+            self.faults.append((rows, fault))
 
     def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
         """Let the scores of rows of one policy take in [groups, B, width] observed values."""
@@ -242,10 +246,8 @@ class Retention:
             computed, prompt = self._table.num_computed[rows[at]], self._table.num_prompt[rows[at]]
             due = rows[at[cadence.is_round(computed, prompt)]]
             if len(due):
-                try:
+                with self.blaming(due):
                     stuck.append(self._round(chosen, due, heard.get(number)))
-                except PolicyError as fault:
-                    self.faults.append((due, fault))
             if chosen.adaptive is not None:
                 self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
             self._restore(rows[at])
@@ -324,6 +326,10 @@ class Retention:
     ) -> None:
         """Add up what goes."""
         table, member = self._table, holes.member
+        if chosen.scores_errors:  # first, for it may fail
+            errors = rank(chosen, view)[holes.table, holes.entry]
+            errors[errors == np.float32(UNOBSERVED)] = 0
+            table.left_out[rows] += np.bincount(member, errors, len(rows))
         if heard is not None:
             place = np.full(table.num_rows, -1)
             place[heard[0]] = np.arange(len(heard[0]))
@@ -332,10 +338,6 @@ class Retention:
             known = slice(None) if at.min() >= 0 else at[member] >= 0
             mass = heard[1][holes.group[known], at[member[known]], holes.entry[known]]
             table.forfeited[rows] += np.bincount(member[known], mass, len(rows))
-        if chosen.scores_errors:
-            errors = rank(chosen, view)[holes.table, holes.entry]
-            errors[errors == np.float32(UNOBSERVED)] = 0
-            table.left_out[rows] += np.bincount(member, errors, len(rows))
 
     def _slide(self, rows: Int32) -> None:
         """Drop the blocks that no later query of a sliding-window layer can see: no loss."""
@@ -360,7 +362,8 @@ class Retention:
         for row in rows[self._table.num_computed[rows] <= self._table.replay_until[rows]]:
             one = np.array([row], np.int32)
             gone = self._logged(chosen, one, self.entries.width(chosen, one))[:, None]
-            self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
+            with self.blaming(one):
+                self.forget(chosen, self.entries.view(chosen, one), one, gone, None)
 
     def save(self, seq: Sequence) -> None:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""

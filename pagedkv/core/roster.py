@@ -225,6 +225,13 @@ class Roster:
                 self._manager.disown(row)  # whoever begins alike computes its own
                 self.finished += self.end(seq, "error", error=error)
 
+    def end_faulty(self) -> bool:
+        """End whoever's own score failed in eviction; return whether anybody's did."""
+        faults, self._retention.faults = self._retention.faults, []
+        for rows, fault in faults:
+            self.end_failed(rows, np.ones(len(rows), np.bool_), str(fault))
+        return bool(faults)
+
     def end(
         self,
         seq: Sequence,

@@ -288,8 +288,7 @@ class Scheduler:
             failed |= self._beams.faulty(plan, result, vocab_size)
         self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
         self._roster.end_failed(plan.rows, alive & ~sound, "what it attended to was not finite")
-        for rows, fault in self.retention.faults:
-            self._roster.end_failed(rows, np.ones(len(rows), np.bool_), str(fault))
+        self._roster.end_faulty()
         sample = self.table.runs[plan.sample_rows].nonzero()[0]
         if self._beams:
             eos = self.config.model.eos_token_ids

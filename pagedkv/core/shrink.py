@@ -22,7 +22,8 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
         rows: [N] Whose may go.
 
     Returns:
-        How many blocks became available, ``need`` at most.
+        How many blocks became available, ``need`` at most. Whose own score fails gives none, and
+        is for `Roster.end_faulty` to end.
     """
     candidates = [
         (chosen, mine, _masses(retention, chosen, mine))
@@ -35,16 +36,22 @@ def shrink(retention: Retention, need: int, rows: Int32) -> int:
     taken: Bool = np.zeros(len(masses), np.bool_)
     taken[lightest[np.isfinite(masses[lightest])]] = True
     sizes = np.cumsum([mass.size for _, _, mass in candidates])[:-1]
+    freed = 0
     for (chosen, mine, mass), part in zip(candidates, np.split(taken, sizes), strict=True):
         gone = part.reshape(mass.shape)
-        if gone.any():
-            heard = mine, retention.table.mass[:, mine, : mass.shape[2]]
-            retention.forget(chosen, retention.entries.view(chosen, mine), mine, gone, heard)
-            for row in mine[gone.any(axis=(0, 2))].tolist():
+        losing = gone.any(axis=(0, 2))
+        if not losing.any():
+            continue
+        losers, gone = mine[losing], gone[:, losing]
+        heard = losers, retention.table.mass[:, losers, : mass.shape[2]]
+        with retention.blaming(losers):
+            retention.forget(chosen, retention.entries.view(chosen, losers), losers, gone, heard)
+            freed += int(gone.sum())
+            for row in losers.tolist():
                 seq = retention.table.sequences[row]
                 assert seq is not None
                 seq.num_shrinks += 1
-    return int(taken.sum())
+    return freed
 
 
 def _elastic(retention: Retention, rows: Int32) -> list[tuple[Policy, Int32]]:

@@ -4,9 +4,11 @@ import sys
 from types import ModuleType
 
 import msgspec
+import numpy as np
 import pytest
 
 from pagedkv import CacheConfig, EngineConfig, Request, SamplingParams
+from pagedkv.core.shrink import shrink
 from pagedkv.eviction import SCORES
 
 from .answers import Service, answer
@@ -52,6 +54,72 @@ def test_a_score_that_fails_ends_its_own_request(stranger, name, base):
     assert found.finished["a", 0].token_ids == served("a")
     assert found.finished["ccc", 0].finish_reason == "length"
     assert found.finished["ccc", 0].num_evicted_tokens > 0
+
+
+class Lobo:
+    """A leave-one-out score of somebody's own; it fails when asked while ``fails`` of a view."""
+
+    def __init__(self):
+        self.fails = lambda view: False
+        self.num_failed = 0
+
+    def __call__(self):
+        return msgspec.structs.replace(SCORES["lobo"], rank=self.rank)
+
+    def rank(self, view, *facts):
+        if self.fails(view):
+            self.num_failed += 1
+            raise RuntimeError("no")
+        return SCORES["lobo"].rank(view, *facts)
+
+
+def elastic(name, score, **more):
+    return request(name, eviction=f"{score} + recent=4 + adaptive=8..24 + chunk=8", **more)
+
+
+def check_only_one_failed(found, bad):
+    assert found.finished[bad, 0].finish_reason == "error"
+    assert "rank of score 'stranger:score' failed" in found.finished[bad, 0].error
+    others = [end for (name, _), end in found.finished.items() if name != bad]
+    assert len(others) == 2
+    assert all(end.token_ids == served(end.request_id) for end in others)
+
+
+def test_a_score_that_fails_while_blocks_lack_ends_its_own_request(stranger):
+    stranger.score = score = Lobo()
+    config = EngineConfig(cache=CacheConfig(block_size=4, num_blocks=16))
+    found = Service(config).add(
+        request("a"), elastic("bb", "score=stranger:score"), elastic("ccc", "score=lift")
+    )
+    scheduler = found.scheduler
+    while scheduler.has_unfinished():
+        score.fails = lambda _: True
+        plan = scheduler.schedule()
+        score.fails = lambda _: False
+        for end in scheduler.commit(plan, answer(plan)).finished:
+            found.finished[end.request_id, end.index] = end
+        scheduler.audit()
+    assert score.num_failed == 1
+    check_only_one_failed(found, "bb")
+
+
+def test_a_score_that_fails_while_a_shrink_is_done_again_ends_its_own_request(stranger):
+    stranger.score = score = Lobo()
+    found = service().add(
+        request("a"), elastic("bb", "score=stranger:score"), elastic("ccc", "score=lift")
+    )
+    scheduler = found.scheduler
+    (bad,) = scheduler._roster.requests["bb"]
+    while bad.row < 0 or scheduler.table.num_computed[bad.row] < 26:  # between two rounds
+        found.step()
+    rows = np.array([bad.row], np.int32)
+    assert shrink(scheduler.retention, 1, rows) == 1
+    found.step()
+    scheduler._roster.preempt(bad)
+    score.fails = lambda view: (view.num_computed % 4 != 0).any()
+    found.run()
+    assert score.num_failed == 1
+    check_only_one_failed(found, "bb")
 
 
 @pytest.mark.parametrize("where", ["observe", "evict", "_finish_ended"])
