@@ -9,6 +9,7 @@ from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Float32, Int32, at_rows, whole_tables
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
+from pagedkv.core.replay import scored_entries
 from pagedkv.core.table import SequenceTable
 from pagedkv.core.tokens import TokenColumns
 from pagedkv.eviction import Policy, View
@@ -30,7 +31,7 @@ class Entries:
 
     def owner(self, chosen: Policy) -> SequenceTable | TokenColumns:
         """Return who keeps what a policy knows of the entries that it ranks."""
-        return self._table.tokens if chosen.unit == "token" else self._table
+        return scored_entries(self._table, chosen.unit)
 
     def size(self, chosen: Policy) -> int:
         """Return the tokens of an entry."""

@@ -18,11 +18,12 @@ from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
 from pagedkv.core.replay import (
+    Known,
+    Undo,
     log_round,
     no_wider,
     replay_round,
     restore_scores,
-    save_scores,
     until_logged,
 )
 from pagedkv.core.request import Certificate, Sequence
@@ -172,19 +173,21 @@ class Retention:
 
     # After a step
 
-    def observe(self, plan: StepPlan, result: StepResult, alive: Bool) -> dict[int, Heard]:
+    def observe(
+        self, plan: StepPlan, result: StepResult, alive: Bool, undo: Undo
+    ) -> dict[int, Heard]:
         """Let the scores of running sequences take in what a step observed.
 
         Call it before the step's tokens are counted as computed.
 
         Args:
             alive: [B] Which of the plan's sequences still run.
+            undo: Is told who is about to.
 
         Returns:
             Their masses, for `evict`, by number of their policy.
         """
         heard: dict[int, Heard] = {}
-        self.faults = []
         for wanted, observed in zip(plan.observations, result.observed, strict=True):
             live = np.flatnonzero(alive[wanted.members]).astype(np.int32)
             rows, members = plan.rows[wanted.members[live]], wanted.members[live]
@@ -193,6 +196,7 @@ class Retention:
             counts = plan.query_start[members + 1] - plan.query_start[members]
             number = int(self._table.policy_id[rows[0]])
             chosen = self._policies[number]
+            undo.note(chosen, rows, counts, wanted.width)
             if chosen.scorer().observe != "none":
                 with self.blaming(rows):
                     self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
@@ -250,7 +254,7 @@ class Retention:
                     stuck.append(self._round(chosen, due, heard.get(number)))
             if chosen.adaptive is not None:
                 self._replay_shrinks(chosen, rows[at[~cadence.is_round(computed, prompt)]])
-            self._restore(rows[at])
+            restore_scores(self._table, rows[at])
         return np.concatenate(stuck) if len(stuck) > 1 else stuck[0]
 
     def _round(self, chosen: Policy, rows: Int32, heard: Heard | None) -> Int32:
@@ -369,8 +373,9 @@ class Retention:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
         row, table = seq.row, self._table
         if table.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
-            width = int(self.entries.in_use(seq.policy, np.array([row], np.int32)).max())
-            seq.saved = save_scores(table, self.entries.owner(seq.policy), row, width)
+            one = np.array([row], np.int32)
+            width = int(self.entries.in_use(seq.policy, one).max())
+            seq.saved = Known.of(table, one, seq.policy.unit, width).saved(0)
 
     def certificate(self, seq: Sequence) -> Certificate:
         """Return what a sequence has forgotten, means over groups."""
@@ -387,13 +392,3 @@ class Retention:
         return Certificate(
             evicted / groups, forfeited / groups, left_out / groups if scored else None
         )
-
-    def _restore(self, rows: Int32) -> None:
-        """Give rows that have just finished replaying the scores they had."""
-        table = self._table
-        replaying = table.replay_until[rows] > 0
-        done = replaying & (table.num_computed[rows] >= table.replay_until[rows])
-        for row in rows[done].tolist():
-            seq = table.sequences[row]
-            assert seq is not None
-            restore_scores(table, self.entries.owner(seq.policy), seq)

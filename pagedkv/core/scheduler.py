@@ -17,6 +17,7 @@ from pagedkv.core.planner import Decision, build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue
+from pagedkv.core.replay import Undo
 from pagedkv.core.request import FinishedSequence, Request, Sequence
 from pagedkv.core.result import checked_result, not_finite
 from pagedkv.core.retention import Retention
@@ -125,9 +126,7 @@ class Scheduler:
             )
         ended: list[FinishedSequence] = []
         for seq in list(group):
-            if (
-                seq.seq_id in self._roster.sequences
-            ):  # not gone already with the sibling it waited on
+            if seq.seq_id in self._roster.sequences:  # not gone with the sibling it waited on
                 ended += self._roster.end(seq, "abort")
         return ended
 
@@ -276,12 +275,14 @@ class Scheduler:
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
         live = self._batch.where(alive)
-        self.tenants.charge(live.tenants, live.first_time)
-        sound = alive & ~not_finite(plan, result)
-        heard = self.retention.observe(plan, result, sound)
-        self.manager.advance(live)
-        # Who is about to be failed holds no round: what it would forget is not known.
-        self._roster.preempt_rows(self.retention.evict(self._batch.where(sound), heard))
+        sound, first_time = alive & ~not_finite(plan, result), live.first_time
+        with Undo(self.table, plan) as undo:
+            heard = self.retention.observe(plan, result, sound, undo)
+            self.manager.advance(live)
+            # Who is about to be failed holds no round: what it would forget is not known.
+            stuck = self.retention.evict(self._batch.where(sound), heard)
+            self.tenants.charge(live.tenants, first_time)
+        self._roster.preempt_rows(stuck)
         self._roster.fork_siblings()
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:
@@ -291,8 +292,7 @@ class Scheduler:
         self._roster.end_faulty()
         sample = self.table.runs[plan.sample_rows].nonzero()[0]
         if self._beams:
-            eos = self.config.model.eos_token_ids
-            sample = self._roster.search(plan, result, sample, eos)
+            sample = self._roster.search(plan, result, sample, self.config.model.eos_token_ids)
         draws, token_ids = self._draws.only(sample), drawn[sample].astype(np.int32)
         rows, seq_ids = draws.rows, self.table.seq_id[draws.rows]
         stopped, full = draws.append(token_ids)
@@ -320,11 +320,12 @@ class Scheduler:
         """
         self._check_outstanding(plan, "discard")
         self._outstanding = None
+        self.retention.faults.clear()
         self.tier.discard()
-        alive = self.table.seq_id[plan.rows] == plan.seq_ids
         running = self.table.running
+        rows = np.append(plan.rows, plan.sample_rows)  # siblings may run, if it was interrupted
         moved = self.manager.holders(plan.moves[:, 1] // self.manager.block_size)
-        self._roster.preempt_rows(running[np.isin(running, plan.rows[alive]) | moved])
+        self._roster.preempt_rows(running[np.isin(running, rows) | moved])
 
     def _check_outstanding(self, plan: StepPlan, where: str) -> None:
         if self._outstanding is None or plan is not self._outstanding:
