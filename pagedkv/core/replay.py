@@ -207,7 +207,7 @@ class Undo:
 
 
 def restore_scores(table: SequenceTable, rows: Int32) -> None:
-    """Give those of the rows that have just finished replaying the scores they had."""
+    """Give those of the rows that have finished replaying the scores they had."""
     until = table.replay_until[rows]
     for row in rows[(until > 0) & (table.num_computed[rows] >= until)].tolist():
         seq = table.sequences[row]

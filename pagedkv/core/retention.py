@@ -113,8 +113,13 @@ class Retention:
         self._table.kept_columns = tuple(each for each in ENTRY_COLUMNS if each in wanted)
 
     def resume(self, seq: Sequence) -> None:
-        """Let a row replay what its sequence had forgotten when it was preempted."""
+        """Let a row replay what its sequence had forgotten when it was preempted.
+
+        A fork, or a cached prefix, may have brought it as far already; then it knows at once what
+        it knew, before anything more is observed.
+        """
         self._table.replay_until[seq.row] = seq.saved.computed if seq.saved else 0
+        restore_scores(self._table, np.array([seq.row], np.int32))
 
     def _policy_id(self, policy: Policy) -> int:
         """Return the place of a policy among those in use; nobody's place is given away again."""

@@ -84,6 +84,7 @@ class Roster:
             self._retention.bind(member)
         if seq.swapped is None:
             self._manager.admit(seq, hits)
+            self._retention.resume(seq)
         else:
             self._tier.swap_in(self._manager, seq)
             self._totals.num_swapped_in += 1

@@ -441,6 +441,22 @@ def test_cached_prefixes_do_not_change_what_is_kept(name):
         assert_same(run, request, granularity)
 
 
+@pytest.mark.parametrize("name", ["streaming", "tova", "random", "token tova", "token random"])
+def test_a_cached_prefix_as_long_as_what_was_computed_before_a_preemption_loses_nothing(name):
+    """Another computes the same prompt in its place meanwhile; it has nothing left to replay."""
+    request = make_request(1, 34, POLICIES[name], shared=34)
+    urgent = make_request(2, 34, "full", shared=34, max_tokens=1)
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 9, "scheduling_policy": "priority"}
+    run = Run(
+        make_config(caching=True, **limits),
+        [request, msgspec.structs.replace(urgent, priority=-1)],
+        arrivals={1: 1},
+    )
+    assert run.finished["1", 0].num_preemptions == 1
+    assert run.scheduler.totals.resumed_tokens_cached >= 8
+    assert_same(run, request)
+
+
 @pytest.mark.parametrize("windows", [(8, 8), (8, 0), (8, 20)])
 def test_sliding_windows_free_blocks_whatever_the_chunks(windows):
     model = {"sliding_window": windows}

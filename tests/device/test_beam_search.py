@@ -163,3 +163,30 @@ def test_what_beams_forget_follows_them(loaded, eviction):
             assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)
             assert a.num_evicted_tokens == b.num_evicted_tokens > 0
             assert a.forfeited_mass == pytest.approx(b.forfeited_mass, abs=1e-4)
+
+
+@pytest.mark.parametrize("eviction", ["random + budget=16", "recent=4 + score=last + budget=12"])
+@pytest.mark.parametrize("unit", ["block", "token"])
+def test_beams_that_are_pushed_back_when_they_have_just_parted_lose_nothing(loaded, eviction, unit):
+    """Then what they share is all that they had computed, and nothing is left to replay."""
+    asked = params(3, max_tokens=12, stop_token_ids=())
+
+    def found(discarded):
+        llm = LLM(loaded, num_blocks=256, block_size=1)
+
+        def discard(plan, *_):
+            if plan.step == discarded:
+                llm.scheduler.discard(llm.scheduler.schedule())
+
+        llm.engine.observers.append(discard)
+        policy = f"{eviction} + unit={unit} + chunk=16"
+        (output,) = llm.generate([PROMPTS[0] * 2], asked, eviction=policy)
+        return output.outputs
+
+    expected = found(-1)
+    for step in range(2, 12):
+        for one, other in zip(found(step), expected, strict=True):
+            assert one.num_preemptions == 1
+            assert one.token_ids == other.token_ids
+            assert one.num_evicted_tokens == other.num_evicted_tokens > 0
+            assert one.forfeited_mass == pytest.approx(other.forfeited_mass, abs=1e-4)
