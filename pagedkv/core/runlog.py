@@ -67,7 +67,9 @@ class _Commit(_Entry, tag="commit"):
 
 
 class _Discard(_Entry, tag="discard"):
-    pass
+    """A plan given up, by the caller or because its commit was interrupted."""
+
+    interrupted: bool = False
 
 
 class _Reset(_Entry, tag="reset"):
@@ -172,7 +174,13 @@ class RunLog:
 
     def commit(self, plan: StepPlan, result: StepResult) -> StepOutput:
         """As `Scheduler.commit`."""
-        output = self._scheduler.commit(plan, result)
+        try:
+            output = self._scheduler.commit(plan, result)
+        except InvalidTransition:  # refused
+            raise
+        except BaseException:
+            self._write(_Discard(interrupted=True))
+            raise
         taken = checked_result(plan, result, self._scheduler.config.model.vocab_size)
         self._write(_Commit(taken))
         return output
@@ -194,6 +202,7 @@ class _Replay:
     def __init__(self) -> None:
         self._scheduler = Scheduler()
         self._plan: Any = None
+        self._interrupted = False
 
     def call(self, entry: _Entry) -> StepPlan | None:
         """Make one call; return the plan if it was for one."""
@@ -209,15 +218,20 @@ class _Replay:
             case _Plan():
                 self._plan = self._scheduler.schedule()
                 if plan_bytes(self._plan) != entry.data:
-                    raise InvalidTransition(f"plan {self._plan.step} is not what it was")
+                    raise self._differs()
                 return self._plan  # type: ignore[no-any-return]
             case _Commit():
                 self._scheduler.commit(self._plan, entry.result)
             case _Discard():
                 self._scheduler.discard(self._plan)
+                self._interrupted |= entry.interrupted
             case _Reset():
                 self._scheduler.reset_prefix_cache()
         return None
+
+    def _differs(self) -> InvalidTransition:
+        doubt = "; the commit of one before it was interrupted" if self._interrupted else ""
+        return InvalidTransition(f"plan {self._plan.step} is not what it was{doubt}")
 
 
 def replay(path: str | Path) -> Iterator[StepPlan]:

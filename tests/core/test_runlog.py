@@ -93,6 +93,49 @@ def test_a_plan_that_comes_out_otherwise_is_named(tmp_path):
         list(replay(tmp_path / "wrong"))
 
 
+def interrupted_once(path, monkeypatch, name, *, after):
+    """A run with one commit that is interrupted at a method of the manager; its plans."""
+    config, plans = make_config(4, 200), []
+    with RunLog(Scheduler(config), path) as scheduler:
+        for i in range(3):
+            scheduler.add(make_request(f"r{i}", [i] * 9, n=1 + i % 2, max_tokens=20))
+        call = getattr(scheduler.manager, name)
+
+        def interrupt(*args):
+            if after:
+                call(*args)
+            raise KeyboardInterrupt
+
+        while scheduler.has_unfinished():
+            plan = scheduler.schedule()
+            plans.append(plan_bytes(plan))
+            if plan.step != 7:  # it fills a block of each
+                scheduler.commit(plan, answer(plan))
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(scheduler.manager, name, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    scheduler.commit(plan, answer(plan))
+    return plans
+
+
+def test_a_commit_that_was_interrupted_before_it_counted_replays_byte_for_byte(
+    tmp_path, monkeypatch
+):
+    plans = interrupted_once(tmp_path / "run", monkeypatch, "advance", after=False)
+    assert [plan_bytes(plan) for plan in replay(tmp_path / "run")] == plans
+    assert len(plans) > 20
+
+
+def test_a_commit_that_was_interrupted_later_is_named_where_plans_differ(tmp_path, monkeypatch):
+    plans = interrupted_once(tmp_path / "run", monkeypatch, "advance", after=True)
+    done = []
+    with pytest.raises(InvalidTransition, match="one before it was interrupted"):
+        done.extend(plan_bytes(plan) for plan in replay(tmp_path / "run"))
+    assert done == plans[: len(done)]
+    assert len(done) > 7
+
+
 def test_the_how_to_runs(tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[2] / "docs" / "how-to" / "replay-a-run.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
