@@ -105,7 +105,8 @@ def _for_llm(llm: "LLM", prompt: Prompt, *, chat: bool) -> Any:
     if isinstance(prompt, str):
         return llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
     if "messages" in prompt:
-        return prompt | {"prompt": llm.chat_prompt(prompt["messages"])}
+        rest = {key: value for key, value in prompt.items() if key != "messages"}
+        return rest | {"prompt": llm.chat_prompt(prompt["messages"])}
     if chat and "prompt" in prompt:
         return prompt | {"prompt": _for_llm(llm, prompt["prompt"], chat=True)}
     return prompt

@@ -7,7 +7,7 @@ import numpy as np
 from msgspec import Meta
 
 from pagedkv.config import LARGEST_INT32, LARGEST_INT64, Checked, Natural, Positive, TokenId
-from pagedkv.errors import InvalidRequest, PagedKVError, is_text, shown
+from pagedkv.errors import InvalidRequest, PagedKVError, closest, is_text, shown
 
 __all__ = ["SamplingParams"]
 
@@ -35,7 +35,23 @@ def _as_tuple(value: Any) -> Any:
     return () if value is None else value
 
 
-class SamplingParams(Checked, frozen=True, kw_only=True):
+class _Words(type(msgspec.Struct)):  # type: ignore[misc]
+    """Has an unknown keyword refused like a wrong value: whoever comes from vLLM will try some."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        known = list(cls.__struct_fields__)
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            near = closest(unknown[0], known)
+            raise InvalidRequest(
+                f"there is no {unknown[0]}",
+                where="sampling",
+                remedy=f"{f'did you mean {near}? ' if near else ''}give some of {', '.join(known)}",
+            )
+        return super().__call__(*args, **fields)
+
+
+class SamplingParams(Checked, frozen=True, kw_only=True, metaclass=_Words):
     """How tokens are drawn and when drawing stops; the words and defaults are vLLM's.
 
     Attributes:
@@ -93,6 +109,12 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
         msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        if isinstance(self.early_stopping, str) and self.early_stopping != "never":
+            raise InvalidRequest(
+                f"early_stopping is {shown(self.early_stopping)}",
+                where="sampling.early_stopping",
+                remedy="give True, False or 'never'",
+            )
         super().__post_init__()
         if self.best_of is not None and self.best_of < self.n:
             raise InvalidRequest(

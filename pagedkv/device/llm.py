@@ -1,7 +1,7 @@
 """Text in, text out: many prompts through one pool of blocks."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import suppress
 from typing import Any
@@ -16,7 +16,18 @@ from pagedkv.core.request import Request, SamplingParams
 from pagedkv.device.assembly import assemble
 from pagedkv.device.collector import OutputCollector
 from pagedkv.device.executor import TorchExecutor
-from pagedkv.device.inputs import Message, Prompt, as_conversations, as_prompts, encode, per_prompt
+from pagedkv.device.inputs import (
+    Message,
+    Prompt,
+    as_conversations,
+    as_prompts,
+    as_turns,
+    check_scorable,
+    check_stops,
+    encode,
+    per_prompt,
+    unpacked,
+)
 from pagedkv.device.models import LoadedModel, load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
@@ -88,6 +99,8 @@ class LLM:
         prompts: Prompt | Many[Prompt],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
         *,
+        priority: int | Many[int] | None = None,
+        tenant: str | Many[str] | None = None,
         eviction: str | Policy | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -96,6 +109,10 @@ class LLM:
         Args:
             prompts: One prompt or many.
             sampling_params: One for all, or one each; the defaults if omitted.
+            priority: Lower is sooner, where the scheduler or the cache goes by priority; one for
+                all, or one each; 0 if omitted.
+            tenant: On whose account they run, where the scheduler shares fairly or holds quotas;
+                one for all, or one each.
             eviction: What these requests may forget; the config's if omitted.
             use_tqdm: Show a progress bar on stderr.
 
@@ -103,7 +120,9 @@ class LLM:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
             PolicyError: The eviction policy cannot be read or cannot hold here.
         """
-        order = self._add_all(as_prompts(prompts), sampling_params, eviction, streams=False)
+        order = self._add_all(
+            as_prompts(prompts), sampling_params, priority, tenant, eviction, streams=False
+        )
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(order), disable=not use_tqdm, unit="request") as bar:
             for _, finished in self._run(order):
@@ -116,9 +135,11 @@ class LLM:
         prompts: Prompt | Many[Prompt],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
         *,
+        priority: int | Many[int] | None = None,
+        tenant: str | Many[str] | None = None,
         eviction: str | Policy | None = None,
     ) -> Iterator[RequestOutput]:
-        """Serve all prompts and yield each request whenever it has new tokens.
+        """Serve all prompts and yield each request whenever it has new tokens; see `generate`.
 
         An output holds everything generated so far; the last one of a request is ``finished``.
         Closing the iterator early aborts what is left.
@@ -126,7 +147,9 @@ class LLM:
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
         """
-        order = self._add_all(as_prompts(prompts), sampling_params, eviction, streams=True)
+        order = self._add_all(
+            as_prompts(prompts), sampling_params, priority, tenant, eviction, streams=True
+        )
         outputs = self._stream(order)
         next(outputs)  # a generator that never began would not notice being closed
         return outputs  # type: ignore[return-value]
@@ -148,6 +171,8 @@ class LLM:
         self,
         token_ids: Many[int] | Many[Many[int]] | Int32,
         *,
+        priority: int | Many[int] | None = None,
+        tenant: str | Many[str] | None = None,
         eviction: str | Policy | None = None,
     ) -> list[ScoreOutput]:
         """Return the log-probabilities of given tokens, each given those before it.
@@ -158,6 +183,7 @@ class LLM:
 
         Args:
             token_ids: One sequence of at least two tokens, or many; they are batched.
+            priority, tenant: As in `generate`.
             eviction: What may be forgotten; the config's if omitted.
 
         Returns:
@@ -172,14 +198,10 @@ class LLM:
             A prefill and, at every token, the vocabulary; a step's logits are in memory at once.
         """
         many = as_prompts(token_ids)
-        short = [i for i, tokens in enumerate(many) if isinstance(tokens, str) or len(tokens) < 2]
-        if short:
-            raise InvalidRequest(
-                "it is not two tokens or more",
-                where=f"sequence {short[0]} of token_ids",
-                remedy="give token ids; the first is predicted by nothing and has no score",
-            )
-        outputs = self.generate(many, _TEACHER_FORCED, eviction=eviction)
+        check_scorable(many)
+        outputs = self.generate(
+            many, _TEACHER_FORCED, priority=priority, tenant=tenant, eviction=eviction
+        )
         return [ScoreOutput.of(output) for output in outputs]
 
     def abort(self, request_id: str) -> None:
@@ -202,22 +224,35 @@ class LLM:
         messages: Many[Message] | Many[Many[Message]],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
         *,
+        priority: int | Many[int] | None = None,
+        tenant: str | Many[str] | None = None,
+        eviction: str | Policy | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Like `generate`, on conversations put into words by the model's chat template.
 
         Args:
-            messages: One conversation or many; a message has ``role`` and ``content``.
+            messages: One conversation or many; a message has ``role`` and ``content``, which is
+                text or a list of parts such as ``{"type": "text", "text": "hi"}``.
         """
         prompts = [self.chat_prompt(each) for each in as_conversations(messages)]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(
+            prompts,
+            sampling_params,
+            priority=priority,
+            tenant=tenant,
+            eviction=eviction,
+            use_tqdm=use_tqdm,
+        )
 
     def chat_prompt(self, messages: Many[Message]) -> str:
         """Return a conversation in the model's chat template, ready for the answer.
 
         Raises:
-            InvalidRequest: The model has no chat template, or it does not take the messages.
+            InvalidRequest: The model has no chat template, or it does not take the messages; or
+                they are no messages of text.
         """
+        turns = as_turns(messages)
         tokenizer = self.model.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequest(
@@ -225,7 +260,7 @@ class LLM:
             )
         try:
             text: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                turns, tokenize=False, add_generation_prompt=True
             )
         except Exception as fault:  # a template is the model's own program and may raise anything
             raise InvalidRequest(f"the chat template failed: {fault}", where="messages") from fault
@@ -235,14 +270,23 @@ class LLM:
         self,
         prompts: list[Prompt],
         params: SamplingParams | Many[SamplingParams] | None,
+        priority: int | Many[int] | None,
+        tenant: str | Many[str] | None,
         eviction: str | Policy | None,
         *,
         streams: bool,
     ) -> list[str]:
         """Queue all prompts or, if one is refused, none; return their request ids."""
-        each = per_prompt(params, len(prompts))
+        count = len(prompts)
         requests = [
-            self._request(prompt, one, eviction) for prompt, one in zip(prompts, each, strict=True)
+            self._request(prompt, sampling=one, priority=rank, tenant=payer, eviction=eviction)
+            for prompt, one, rank, payer in zip(
+                prompts,
+                per_prompt("sampling_params", params, count),
+                per_prompt("priority", priority, count),
+                per_prompt("tenant", tenant, count),
+                strict=True,
+            )
         ]
         added: list[str] = []
         try:
@@ -256,29 +300,23 @@ class LLM:
         return added
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, eviction: str | Policy | None
+        self, prompt: Prompt, *, sampling: SamplingParams, **fields: Any
     ) -> tuple[Request, str | None]:
+        """Return a prompt as a request, with further fields of it, and its text if it is text."""
         request_id = str(self._num_requests)
         self._num_requests += 1
-        text, token_ids, salt = None, prompt, ""
-        if isinstance(prompt, Mapping):
-            salt = prompt.get("cache_salt", "")
-            token_ids = prompt.get("prompt_token_ids", prompt.get("prompt", ()))
-        if isinstance(token_ids, str):
-            text = token_ids
-            token_ids = encode(self.model.tokenizer, text, f"request {request_id!r}")
-        if params.stop and self.model.tokenizer is None:
-            raise InvalidRequest(
-                "stop strings need a tokenizer and the model has none",
-                where=f"request {request_id!r}",
-                remedy="use stop_token_ids",
-            )
+        where, tokenizer = f"request {request_id!r}", self.model.tokenizer
+        content, salt = unpacked(prompt, where)
+        text = content if isinstance(content, str) else None
+        token_ids = encode(tokenizer, content, where) if isinstance(content, str) else content
+        vocab_size = self.model.geometry.vocab_size
+        check_stops(sampling, vocab_size, where, has_text=tokenizer is not None)
         request = Request(
             request_id=request_id,
-            prompt_token_ids=token_ids,  # type: ignore[arg-type]
-            sampling=params,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
             cache_salt=salt,
-            eviction=eviction,
+            **fields,
         )
         return request, text
 

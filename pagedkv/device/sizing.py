@@ -85,7 +85,8 @@ def _pool_size(
     num_blocks = min(most, DEFAULT_KV_BYTES // per_block) if given is None else given // per_block
     if not num_blocks:
         raise ConfigError(
-            f"{given or DEFAULT_KV_BYTES} bytes hold no block of {per_block} bytes",
+            f"{DEFAULT_KV_BYTES if given is None else given} bytes hold no block of "
+            f"{per_block} bytes",
             where=where,
             remedy="raise it or lower cache.block_size",
         )

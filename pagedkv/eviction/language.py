@@ -174,8 +174,11 @@ class _Reader:
             self._fail(f"preset {term!r} is not the first term", "begin with the preset", at)
         if term in TERMS:
             self._fail(f"{term} has no value", f"write {term}=value", at)
-        known = [*PRESETS, *TERMS] if first else list(TERMS)
-        self._fail(f"unknown {'preset' if first else 'term'} {term!r}", _nearest(term, known), at)
+        if first and closest(term, [*PRESETS, *TERMS], cutoff=0.5) in TERMS:
+            remedy = f"{_nearest(term, TERMS)} Presets are {', '.join(PRESETS)}"
+            self._fail(f"{term!r} is neither a preset nor a term", remedy, at)
+        kind, known = ("preset", PRESETS) if first else ("term", TERMS)
+        self._fail(f"unknown {kind} {term!r}", _nearest(term, known), at)
 
 
 def _rivals(field: str) -> tuple[str, ...]:

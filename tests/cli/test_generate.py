@@ -116,7 +116,7 @@ def test_chat_uses_the_template(cli, asked, tmp_path):
     cli("generate", "--chat", "--prompts-file", path, "d")
     prompts = asked[0][0]
     assert prompts[0] == "<user>d"
-    assert prompts[1]["prompt"] == "<user>a<assistant>b"
+    assert prompts[1] == {"prompt": "<user>a<assistant>b"}
     assert prompts[2]["prompt"] == "<user>c"
     assert prompts[3] == {"prompt_token_ids": [1, 2]}
 

@@ -75,6 +75,8 @@ FAULTS = [
     ("sinks=4 + heavy=256:lfit", 20, "unknown score 'lfit'; did you mean 'lift'?"),
     ("h2", 0, "unknown preset 'h2'; did you mean 'h2o'?"),
     ("streeming + sinks=8", 0, "did you mean 'streaming'?"),
+    ("foo", 0, "'foo' is neither a preset nor a term; did you mean 'floor'? Presets are full, "),
+    ("xyz", 0, "unknown preset 'xyz'; give one of full, window, "),
     ("sinks=4 + h2o", 10, "'h2o' is not the first term"),
     ("sinks=4 +", 9, "a term is missing"),
     ("", 0, "a term is missing"),
