@@ -137,6 +137,10 @@ class Oracle:
             (layer, head): ([], []) for layer in range(self.layers) for head in range(self.heads)
         }
         self.size = self.tables[0][0].size
+        if policy.gqa == "sum":
+            heard = self.per_head * self.heads // columns * (self.layers // rows)
+            for table in self.flat:
+                table.even = heard
         self.survivors = {}
         self.num_evicted = self.forfeited = self.left_out = 0.0
 

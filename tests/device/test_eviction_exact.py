@@ -29,6 +29,7 @@ BEYOND_PRESETS = {
     "ratio": "sinks=4 + recent=4 + score=sum + ratio=0.5 + chunk=8",
     "lowest": "recent=8 + score=lift + lowest=0.3 + chunk=16",
     "odd-window": "recent=4 + score=window(5) + budget=22 + chunk=10",
+    "low-sum": "recent=4 + score=low(16) + budget=22 + gqa=sum + chunk=8",
 }
 
 
@@ -101,6 +102,9 @@ def by_token(names):
 
 
 TOKEN_PRESETS = by_token(name for name in PRESETS if name != "full")
+TOKEN_PRESETS["token low-sum"] = format_policy(
+    policy("recent=4 + score=low(8) + budget=21 + gqa=sum + chunk=8 + unit=token")
+)
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "layer", "head"])

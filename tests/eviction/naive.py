@@ -41,6 +41,7 @@ class Table:
         self.chunk = math.ceil(policy.chunk / self.stride) * self.stride
         self.blocks = []
         self.computed = 0
+        self.even = 1  # what a query's masses add up to: the number of heads where they are summed
 
     @property
     def resident(self):
@@ -106,7 +107,7 @@ class Table:
         score = self.policy.score
         masses = [m for _, m, _ in block.seen]
         lifts = [m * v / self.size for _, m, v in block.seen]
-        low = lambda m, v: m * v < self.size  # noqa: E731
+        low = lambda m, v: m * v < self.even * self.size  # noqa: E731
         if score == "age":
             return block.first
         if score == "random":
