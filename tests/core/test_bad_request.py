@@ -181,7 +181,7 @@ def test_stop_strings_are_one_or_many(stop):
         ),
         ("logit_bias", "there is no logit_bias; give some of n, best_of, temperature, "),
         ("bad_words", "there is no bad_words"),
-        ("temprature", "did you mean temperature?"),
+        ("temprature", "there is no temprature; did you mean temperature? give some of n, "),
     ],
 )
 def test_a_word_that_sampling_does_not_know_is_refused(word, told):

@@ -43,7 +43,7 @@ def test_a_scheduler_with_tenants_serves_those_it_lists() -> None:
         llm.chat(turns, FEW, tenant="b"),
     ]
     assert all(len(output.token_ids) == 4 for outputs in by_name for output in outputs)
-    assert len(llm.score(PROMPTS[0], tenant="a")[0].logprobs) == 3
+    assert len(llm.score(PROMPTS[0], tenant="a")[0].logprobs) == 2
     for wrong in (None, "c", ["a", "b", "c"]):
         with pytest.raises(InvalidRequest, match="give one of 'a', 'b'"):
             llm.generate(PROMPTS, FEW, tenant=wrong)
