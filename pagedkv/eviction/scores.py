@@ -204,9 +204,10 @@ def _windowed(view: View, cadence: Cadence, window: float) -> Float32:
     size = cadence.bucket(window)
     begin = (cadence.epoch_end(view.num_computed, view.num_prompt) - 1) // size * size
     filled = np.clip(view.num_computed - begin, 0, size)
-    before = (1 - filled / size).astype(np.float32)
-    ranks: Float32 = view.score + before[:, None] * view.weight
-    return ranks
+    missing = (size - filled).astype(np.float32)[:, None]
+    # Divided last: of whole numbers, which `low` counts, equal ranks are then equal in fp32 too.
+    whole: Float32 = np.float32(size) * view.score + missing * view.weight
+    return whole / np.float32(size)
 
 
 def _windowed_negative(view: View, cadence: Cadence, window: float) -> Float32:

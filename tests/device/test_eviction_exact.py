@@ -127,6 +127,16 @@ def test_every_kind_of_score_and_budget_equals_the_oracle(name):
         assert check(server, f"{name} {kind}", most=7).num_evicted > 0
 
 
+def test_equal_counts_rank_equal():
+    """Counts weighed by sixths: rounding told them apart, and the oldest did not go first."""
+    chosen = "sinks=5 + score=low(8) + budget=31 + gqa=mean + chunk=12 + unit=token"
+    loaded = build_model("gpt_neox", vocab_size=4096)
+    server = Server(loaded, "head", block_size=2, enable_prefix_caching=False)
+    prompt = random_prompt(20, seed=99, vocab=4096) + random_prompt(22, seed=53504, vocab=4096)
+    server.add("r", prompt, chosen, max_tokens=8)
+    assert check(server.run(), "r").num_evicted > 0
+
+
 @pytest.mark.parametrize(
     ("granularity", "name", "expression"),
     [

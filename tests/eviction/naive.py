@@ -92,9 +92,10 @@ class Table:
         heard = [(q, value(m, v)) for q, m, v in block.seen if ends[q] == q // width]
         now = last // width
         before = max((bucket for bucket in ends.values() if bucket < now), default=-1)
-        share = 1 - (last + 1 - now * width) / width
+        missing = width - (last + 1 - now * width)  # of the window's queries, before this bucket
         current = sum(x for q, x in heard if q // width == now)
-        return current + share * sum(x for q, x in heard if q // width == before)
+        earlier = sum(x for q, x in heard if q // width == before)
+        return (width * current + missing * earlier) / width  # so that equal counts rank equal
 
     def hash(self, first):
         word = (first + int(self.policy.parameter) * 0x9E3779B9) & MASK

@@ -1,5 +1,7 @@
 """What scores mean, and the defects that this project grew from, each shut out."""
 
+from types import SimpleNamespace
+
 import msgspec
 import numpy as np
 import pytest
@@ -249,3 +251,21 @@ def test_who_does_not_weigh_asks_only_who_was_observed(name):
     bare = tables(SIZE * BLOCKS, score, (weight > 0).astype(np.float32))
     bare = msgspec.structs.replace(bare, first_position=np.zeros((0, 0), np.int32))
     assert (rank(chosen, bare) == ranks).all()
+
+
+@pytest.mark.parametrize("filled", range(13))
+def test_equal_counts_in_a_window_rank_equal(filled):
+    """Counts of the current bucket and the one before, weighed by twelfths, as whole numbers."""
+    now, before = (each.ravel() for each in np.meshgrid(np.arange(13.0), np.arange(13.0)))
+    exact = 12 * now + (12 - filled) * before
+    view = SimpleNamespace(
+        score=now[None].astype(np.float32),
+        weight=before[None].astype(np.float32),
+        num_computed=np.array([48 + filled]),
+        num_prompt=np.array([120]),
+    )
+    cadence = policy("score=low(12) + budget=64 + chunk=12").cadence(1)
+    (ranks,) = SCORES["low"].rank(view, cadence, 12)
+    order = np.argsort(exact, kind="stable")
+    steps, told = np.diff(exact[order]), -np.diff(ranks[order])
+    assert ((told > 0) == (steps > 0)).all()
