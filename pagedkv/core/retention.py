@@ -115,8 +115,7 @@ class Retention:
     def resume(self, seq: Sequence) -> None:
         """Let a row replay what its sequence had forgotten when it was preempted.
 
-        A fork, or a cached prefix, may have brought it as far already; then it knows at once what
-        it knew, before anything more is observed.
+        A fork or a cached prefix may have brought it there: then it knows at once what it knew.
         """
         self._table.replay_until[seq.row] = seq.saved.computed if seq.saved else 0
         restore_scores(self._table, np.array([seq.row], np.int32))
@@ -201,10 +200,11 @@ class Retention:
             counts = plan.query_start[members + 1] - plan.query_start[members]
             number = int(self._table.policy_id[rows[0]])
             chosen = self._policies[number]
-            undo.note(chosen, rows, counts, wanted.width)
-            if chosen.scorer().observe != "none":
+            if chosen.scorer().observe == "none":
+                undo.note(chosen, rows, counts, wanted.width)
+            else:
                 with self.blaming(rows):
-                    self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
+                    self._score(chosen, rows, counts, observed.values[:, at_rows(live)], undo)
             heard[number] = rows, observed.mass[:, at_rows(live)]
             if chosen.shrinks:  # may be asked for between two steps
                 self._table.mass[:, at_rows(rows), : wanted.width] = heard[number][1]
@@ -218,11 +218,14 @@ class Retention:
         except PolicyError as fault:
             self.faults.append((rows, fault))
 
-    def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
+    def _score(
+        self, chosen: Policy, rows: Int32, counts: Int32, values: Float32, undo: Undo
+    ) -> None:
         """Let the scores of rows of one policy take in [groups, B, width] observed values."""
         table, entries, at = self._table, self.entries.owner(chosen), at_rows(rows)
-        width = values.shape[2]
-        if chosen.scorer().counts:
+        width, adds = values.shape[2], chosen.scorer().counts
+        undo.note(chosen, rows, counts, width)  # nothing may come between this and a sum
+        if adds:
             entries.score[:, at, :width] += values
             return
         view, flat = self.entries.view(chosen, rows, width=width), values.reshape(-1, width)
@@ -393,7 +396,5 @@ class Retention:
             forfeited = float(self._table.forfeited[seq.row])
             left_out = float(self._table.left_out[seq.row])
         groups = self._layout.num_groups
-        scored = seq.policy.scores_errors
-        return Certificate(
-            evicted / groups, forfeited / groups, left_out / groups if scored else None
-        )
+        error = left_out / groups if seq.policy.scores_errors else None
+        return Certificate(evicted / groups, forfeited / groups, error)

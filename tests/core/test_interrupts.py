@@ -6,7 +6,9 @@ from .test_retention import POLICIES, SPREAD, Run, assert_same, make_config, mak
 
 PLACES = {
     "before anything is observed": ("retention", "observe", False),
+    "before one policy's scores are observed": ("retention", "_score", False),
     "when one policy's scores are observed": ("retention", "_score", True),
+    "before what is observed is added up": ("entries", "owner", True),
     "when all is observed": ("retention", "observe", True),
     "when it is counted": ("manager", "advance", True),
     "in a round, when what goes is certified": ("retention", "_certify", True),
@@ -29,7 +31,8 @@ class Interrupted(Run):
             super().step()
             return
         owner, name, after = PLACES[self.place]
-        owner = getattr(self.scheduler, owner)
+        scheduler = self.scheduler
+        owner = getattr(scheduler.retention if owner == "entries" else scheduler, owner)
         call = getattr(owner, name)
 
         def interrupt(*args):
