@@ -100,12 +100,30 @@ class Occupancy:
         """Say when time begins, before anything is added: series are finest from there on."""
         self._series.start = now
 
+    def idle(self, since: float, now: float) -> None:
+        """Take in time in which nobody asked: all that is there is cached blocks."""
+        self._unfold()
+        since = max(since, self._series.start)
+        cached = Pool.of(self._scheduler.manager).cached
+        values = np.array([[cached if name == "cached" else 0 for name in SERIES]], np.float64)
+        self._series.add(np.array([now]), np.array([now - since]), values)
+
+    def came(self, now: float, seconds: float) -> None:
+        """Take in a request that came so many seconds before ``now``, during a step: it waited."""
+        if seconds:
+            self._series.add_to("waiting", now, seconds)
+
     def planned(self, plan: StepPlan) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
         pool = Pool.of(self._scheduler.manager)
-        counts = pool.held, pool.cached, len(plan.rows), self._scheduler.num_waiting
+        counts = pool.held, pool.cached, self._running, self._scheduler.num_waiting
         self._entries, waste = self._in_use(plan.num_tokens)
         self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
+
+    @property
+    def _running(self) -> int:
+        """Who is in the batch, whether or not this step computes anything for them."""
+        return len(self._scheduler.table.running)
 
     def _in_use(self, num_tokens: int, ahead: int = 0) -> tuple[int, int]:
         """Return how many table entries are in use, and how many of their slots are empty.
@@ -142,7 +160,7 @@ class Occupancy:
                 seconds=seconds,
                 taken_at=leg.taken_at,
                 pool=pool,
-                running=len(leg.then),
+                running=self._running,
                 waiting=self._scheduler.num_waiting,
                 wasted=wasted,
                 entries=entries,

@@ -95,9 +95,10 @@ class Recorder:
 
     # Events
 
-    def add(self, seq_id: int, request: SimRequest, name: str) -> None:
-        """Begin to follow a request."""
+    def add(self, seq_id: int, request: SimRequest, name: str, now: float) -> None:
+        """Begin to follow a request: from the end of the step during which it arrived."""
         self._lives[seq_id] = _Life(request, name)
+        self.occupancy.came(now, now - request.arrival)
         self.tenants.ask(request.tenant)
         self.most_in_flight = max(self.most_in_flight, len(self._lives))
 

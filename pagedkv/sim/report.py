@@ -41,6 +41,10 @@ _ROWS = (
     ("recomputed_tokens", "recomputed tokens", "{:,.0f}"),
     ("jain_index_speed", "Jain index of speed", "{:.3f}"),
 )
+_MEANS = (
+    "Means are over time, from the first arrival to the last end, idle time included; what several "
+    "replicas hold adds up."
+)
 _RUNGS = (
     ("reclaimed", "under pressure: blocks reclaimed"),
     ("shrunk", "blocks taken from elastic sequences"),
@@ -93,6 +97,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         ]
     parts += [
         "<h2>Block occupancy over time</h2>",
+        f'<p class="note">{_MEANS}</p>',
         _svg(lambda figure: _occupancy(figure, shown), 10.5, 2.6 * min(len(shown), 3)),
         "<h2>Queue and batch over time</h2>",
         _svg(lambda figure: _load(figure, shown), 10.5, 3.0),

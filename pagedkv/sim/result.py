@@ -43,7 +43,8 @@ class SimResult(Struct, frozen=True, kw_only=True, eq=False):
             has the word.
         latency: The distributions behind it, in seconds.
         occupancy: Blocks held and cached, sequences running and waiting, empty slots in held
-            blocks and tokens per step, over time; several replicas summed.
+            blocks and tokens per step, over all of the run, idle time included; several replicas
+            summed.
         tenants: Per tenant, what it asked for, got and cost others.
         phases: Stretches of requests' lives per replica, if they were watched.
         num_unwatched: How many more there were, per replica.
@@ -176,6 +177,8 @@ def _gather(
 ) -> SimResult:
     latency = {name: _merged([each.latency[name] for each in served]) for name in LATENCIES}
     occupancy, accounts = served[0].occupancy, served[0].accounts
+    for each in served:
+        each.idle_until(max(other.last_end for other in served))
     for each in served[1:]:
         occupancy.merge(each.occupancy)
         accounts.merge(each.accounts)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.stats import SchedulerStats
@@ -74,3 +75,8 @@ class Served(Struct, frozen=True, kw_only=True, eq=False):
             num_unwatched=recorder.num_unwatched,
             detail=recorder.detail,
         )
+
+    def idle_until(self, end: float) -> None:
+        """Let time go on until the last replica has ended: what is there is cached blocks."""
+        held = {"cached": float(self.stats.blocks_cached)}
+        self.occupancy.close(end, np.array([held.get(name, 0.0) for name in self.occupancy.names]))

@@ -74,8 +74,9 @@ class Replica:
 
     def add(self, request: SimRequest, name: str) -> bool:
         """Hand a request to the scheduler; False if it refused it for good, which is counted."""
-        if not self.busy:
-            self.executor.clock = self.clock = max(self.clock, request.arrival)
+        if not self.busy and request.arrival > self.clock:
+            self.recorder.occupancy.idle(self.clock, request.arrival)
+            self.executor.clock = self.clock = request.arrival
         try:
             seq_ids = self.scheduler.add(
                 Request(
@@ -98,7 +99,7 @@ class Replica:
             self.recorder.refuse(request, reason)
             return False
         self._requests[name] = request
-        self.recorder.add(seq_ids[0], request, name)
+        self.recorder.add(seq_ids[0], request, name, self.clock)
         return True
 
     def advance(self, until: float, *, past_ends: bool = False) -> list[tuple[SimRequest, bool]]:
@@ -228,12 +229,13 @@ class Cluster:
             )
         self.replicas = replicas
         self._route = ROUTES[route]
-        self._limit = max_concurrency or LARGEST_INT32
+        self._limit: float = max_concurrency or np.inf
         self._num_sent = 0
         self._due: list[tuple[float, int, SimRequest]] = []  # follow-ups, by time and order
         self._tie = itertools.count()
         self._held: deque[SimRequest] = deque()
         self._in_flight = 0
+        self._freed: list[float] = []  # under a limit, when who still counts as in flight ended
         self._feeds_back = True
         self.began = 0.0
 
@@ -244,7 +246,7 @@ class Cluster:
             progress: Is told how many requests have ended, at every arrival and end.
         """
         done = 0
-        self._feeds_back = workload.closed_loop or self._limit < LARGEST_INT32
+        self._feeds_back = workload.closed_loop or self._limit < np.inf
         arrivals = iter(workload)
         coming = next(arrivals, None)
         self.began = workload.began
@@ -253,7 +255,8 @@ class Cluster:
         while True:
             follow = self._due[0][0] if self._due else np.inf
             fresh = coming.arrival if coming is not None else np.inf
-            now = min(follow, fresh)
+            freed = self._freed[0] if self._freed else np.inf
+            now = min(follow, fresh, freed)
             ended = self._advance(now)
             if ended:
                 done += len(ended)
@@ -261,6 +264,8 @@ class Cluster:
                     progress(done)
             elif np.isinf(now):
                 break
+            elif self._freed and not _behind(self.replicas, freed):
+                self._free()
             elif follow <= fresh:
                 self._offer(heapq.heappop(self._due)[2])
             else:
@@ -291,7 +296,7 @@ class Cluster:
         if self._route is _round_robin and not self._feeds_back and now < np.inf:
             concerned = [self.replicas[_round_robin(self.replicas, self._num_sent)]]
         while True:
-            behind = [r for r in concerned if r.busy and r.clock < now]
+            behind = _behind(concerned, now)
             if not behind:
                 return []
             replica = min(behind, key=lambda each: each.clock)
@@ -306,15 +311,28 @@ class Cluster:
                 return ended
 
     def _follow(self, request: SimRequest | None, now: float) -> None:
-        """A request has ended: what its user does next, and who may come in its place.
+        """A request has ended: what its user does next, and when another may come in its place.
 
         Args:
             request: None if it was not served; its user does not go on.
         """
-        self._in_flight -= 1
+        if self._limit < np.inf:
+            heapq.heappush(self._freed, now)
         if request is not None and request.then is not None:
             follow = msgspec.structs.replace(request.then, arrival=now + request.then.think)
             heapq.heappush(self._due, (follow.arrival, next(self._tie), follow))
+
+    def _free(self) -> None:
+        """Let those come who are held back until the first of the ends, which every replica has
+        reached: one that is behind would serve them before they arrive.
+        """
+        now = heapq.heappop(self._freed)
+        self._in_flight -= 1
         while self._held and self._in_flight < self._limit:
             held = self._held.popleft()
             self._send(msgspec.structs.replace(held, arrival=max(held.arrival, now)))
+
+
+def _behind(replicas: list[Replica], now: float) -> list[Replica]:
+    """Return those that have work before ``now``."""
+    return [replica for replica in replicas if replica.busy and replica.clock < now]

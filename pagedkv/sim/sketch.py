@@ -179,9 +179,11 @@ class Distribution:
 
 
 class Series:
-    """Time-weighted means of several quantities over at most ``2 * bins`` stretches of time.
+    """Time-weighted means of several quantities, and over at most ``2 * bins`` stretches of time.
 
-    Stretches double in width whenever time outgrows them, so memory never grows.
+    What holds during a step is spread over the stretches it lies in. Time that nobody speaks of
+    counts, with 0; so what replicas of the same time span hold adds up. Stretches double in width
+    whenever time outgrows them, so memory never grows.
 
     Args:
         names: The quantities.
@@ -189,50 +191,78 @@ class Series:
         width: Seconds of a stretch at first.
 
     Attributes:
-        start: When the first stretch begins; set it before anything is added.
+        start: When time begins; set it before anything is added.
     """
 
     def __init__(self, names: tuple[str, ...], bins: int = 512, width: float = 0.25) -> None:
         self.names = names
         self.width = width
         self.start = 0.0
-        self._sums: Float64 = np.zeros((2 * bins, len(names)))
-        self._weights: Float64 = np.zeros(2 * bins)
+        self._sums: Float64 = np.zeros((2 * bins, len(names)))  # of quantity times seconds
         self._peaks: Float64 = np.zeros(len(names))
         self._coming: list[tuple[Float64, Float64, Float64]] = []
         self._waiting = 0
+        self._more: list[tuple[int, float, float]] = []
+        self._end = 0.0
 
     def add(self, ends: Float64, durations: Float64, values: Float64) -> None:
         """Take in steps: [K] when each ended, [K] how long it was, [K, N] what held during it.
 
-        A step counts in the stretch in which it ended. The arrays must not change afterwards.
+        Each begins when the one before ended, or later. The arrays must not change afterwards.
         """
         self._coming.append((ends, durations, values))
         self._waiting += len(ends)
         if self._waiting >= _AT_ONCE:
             self._settle()
 
+    def add_to(self, name: str, end: float, amount: float) -> None:
+        """Add so much, quantity times seconds, to the stretch that ``end`` lies in, or the last."""
+        self._more.append((self.names.index(name), end, amount))
+        if len(self._more) >= _AT_ONCE:
+            self._settle()
+
+    def close(self, end: float, values: Float64) -> None:
+        """Say that time goes on until ``end`` if it did not yet, with such values: [N]."""
+        self._settle()
+        since = max(self._end, self.start)
+        if end > since:
+            self.add(np.array([end]), np.array([end - since]), values[None, :])
+
     def _settle(self) -> None:
         """Count what has come in."""
-        if not self._coming:
-            return
-        coming, self._coming, self._waiting = self._coming, [], 0
-        ends, durations, values = (np.concatenate(parts) for parts in zip(*coming, strict=True))
+        if self._coming:
+            coming, self._coming, self._waiting = self._coming, [], 0
+            parts = zip(*coming, strict=True)
+            self._spread(*(np.concatenate(part) for part in parts))
+        if self._more:
+            which, ends, amounts = map(np.array, zip(*self._more, strict=True))
+            self._more = []
+            at = ((ends - self.start) / self.width).astype(np.int64)
+            np.add.at(self._sums, (np.minimum(at, len(self._sums) - 1), which), amounts)
+
+    def _spread(self, ends: Float64, durations: Float64, values: Float64) -> None:
+        """Share out what steps add up to among the stretches they lie in."""
         self._peaks = np.maximum(self._peaks, values.max(axis=0))
-        ends = ends - self.start
-        while float(ends[-1]) >= self.width * len(self._weights):
+        self._end = float(ends[-1])
+        while self._end - self.start > self.width * len(self._sums):
             self._halve()
-        at = (ends / self.width).astype(np.int64)
-        np.add.at(self._sums, at, durations[:, None] * values)
-        np.add.at(self._weights, at, durations)
+        # Sums up to the begin and the end of each step; between them they grow evenly.
+        times = np.maximum.accumulate(np.stack([ends - durations, ends], axis=1).ravel())
+        times -= self.start
+        sums = np.repeat(np.cumsum(durations[:, None] * values, axis=0), 2, axis=0)
+        sums[2::2], sums[0] = sums[1:-1:2].copy(), 0.0
+        first, last = (np.array([times[0], times[-1]]) / self.width).astype(np.int64).tolist()
+        edges = np.arange(first + 1, last + 1) * self.width
+        for column, total in zip(self._sums.T, sums.T, strict=True):
+            upto = np.interp(edges, times, total)
+            share = np.diff(upto, prepend=0.0, append=total[-1])
+            column[first : first + len(share)] += share[: len(column) - first]
 
     def _halve(self) -> None:
-        half = len(self._weights) // 2
-        for name in ("_sums", "_weights"):
-            old = getattr(self, name)
-            new = np.zeros_like(old)
-            new[:half] = old[0::2] + old[1::2]
-            setattr(self, name, new)
+        half = len(self._sums) // 2
+        sums = np.zeros_like(self._sums)
+        sums[:half] = self._sums[0::2] + self._sums[1::2]
+        self._sums = sums
         self.width *= 2
 
     def merge(self, other: "Series") -> None:
@@ -246,14 +276,9 @@ class Series:
             self._halve()
         while other.width < self.width:
             other._halve()
-        mine, theirs = self._rates(), other._rates()
+        self._sums = self._sums + other._sums
         self._peaks = self._peaks + other._peaks
-        self._weights = np.maximum(self._weights, other._weights)
-        self._sums = (mine + theirs) * self._weights[:, None]
-
-    def _rates(self) -> Float64:
-        rates: Float64 = self._sums / np.maximum(self._weights, 1e-300)[:, None]
-        return rates
+        self._end = max(self._end, other._end)
 
     @property
     def peaks(self) -> dict[str, float]:
@@ -263,15 +288,17 @@ class Series:
 
     @property
     def means(self) -> dict[str, float]:
-        """The mean of each quantity over the time that was spent in steps."""
+        """The mean of each quantity over all time, from the start to the end of what was added."""
         self._settle()
-        total = max(self._weights.sum(), 1e-300)
+        total = max(self._end - self.start, 1e-300)
         return dict(zip(self.names, (self._sums.sum(axis=0) / total).tolist(), strict=True))
 
     def table(self) -> dict[str, list[float]]:
-        """Return the middles of the stretches in which anything ran, and the means in each."""
+        """Return the middles of the stretches, and the means in each."""
         self._settle()
-        used = np.flatnonzero(self._weights > 0)
-        rates = self._rates()[used]
+        span = max(self._end - self.start, 0.0)
+        begins = np.arange(min(len(self._sums), math.ceil(span / self.width))) * self.width
+        widths = np.minimum(self.width, span - begins)
+        rates = self._sums[: len(begins)] / widths[:, None]
         columns = dict(zip(self.names, rates.T.tolist(), strict=True))
-        return {"time": (self.start + (used + 0.5) * self.width).tolist(), **columns}
+        return {"time": (self.start + begins + widths / 2).tolist(), **columns}

@@ -226,6 +226,79 @@ def test_few_users_wait_for_their_answers():
     assert found.occupancy.peaks["running"] == 2
 
 
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
+@given(
+    kind=st.sampled_from(["random", "sessions"]),
+    seed=st.integers(0, 1000),
+    rate=st.sampled_from([5.0, 40.0, math.inf]),
+    replicas=st.integers(1, 3),
+    routing=st.sampled_from(["round_robin", "least_loaded"]),
+    limit=st.sampled_from([None, 1, 3, 7]),
+)
+def test_nobody_is_served_before_coming(kind, seed, rate, replicas, routing, limit):
+    asked = make_workload(kind, seed, rate)
+    options = {"replicas": replicas, "routing": routing, "max_concurrency": limit}
+    found = pagedkv.simulate(config(), asked, watch=True, **options)
+    lives = {}
+    for phase in (phase for phases in found.phases for phase in phases):
+        assert phase.begin <= phase.end
+        begin, end = lives.get(phase.request, (math.inf, 0.0))
+        lives[phase.request] = min(begin, phase.begin), max(end, phase.end)
+    assert len(lives) == found.summary["completed"] >= 40
+    if limit is None or rate < math.inf:
+        return
+    edges = [(begin, 1) for begin, _ in lives.values()] + [(end, -1) for _, end in lives.values()]
+    in_flight = np.cumsum([step for _, step in sorted(edges)])
+    assert in_flight.max() <= limit
+
+
+def test_who_is_held_back_comes_when_the_end_is_reached_everywhere():
+    """Replica 0 is behind when replica 1 ends; what comes then is dealt to replica 0."""
+    asks = [request(0.0, 60, 30, 0), request(0.0, 10, 2, 1), request(0.0, 10, 2, 2)]
+    found = pagedkv.simulate(config(), listed(*asks), replicas=2, max_concurrency=2, watch=True)
+    (freed,) = (phase.end for phase in found.phases[1] if phase.kind == "decode")
+    (queued,) = (p for p in found.phases[0] if (p.request, p.kind) == ("2", "queued"))
+    assert queued.begin == freed <= queued.end
+
+
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
+@given(
+    kind=st.sampled_from(["random", "tenants", "sessions"]),
+    seed=st.integers(0, 1000),
+    rate=st.sampled_from([0.5, 5.0, 40.0, math.inf]),
+    num_blocks=st.sampled_from([90, 2000]),
+    replicas=st.integers(1, 3),
+    limit=st.sampled_from([None, 3]),
+    leap=st.booleans(),
+)
+def test_littles_law(kind, seed, rate, num_blocks, replicas, limit, leap):
+    """The mean number in the system is the rate times the mean time in it, idle time included."""
+    setup = config(num_blocks, max_num_batched_tokens=20)
+    options = {"replicas": replicas, "max_concurrency": limit, "leap": leap}
+    found = pagedkv.simulate(setup, make_workload(kind, seed, rate), **options).summary
+    assert found["failed"] == 0
+    in_system = found["mean_running"] + found["mean_waiting"]
+    mean = found["request_throughput"] * found["mean_e2el_ms"] / 1000
+    assert in_system == pytest.approx(mean)
+
+
+def test_replicas_add_up_and_idle_time_counts():
+    """One replica works a little, the other more; both wait for most of the time."""
+    asks = [request(float(i // 2), 30, 15 if i % 2 else 2, i) for i in range(20)]
+    both = pagedkv.simulate(config(4000), listed(*asks), replicas=2)
+    apart = [pagedkv.simulate(config(4000), listed(*asks[i::2])) for i in (0, 1)]
+    spans = [each.summary["duration"] for each in apart]
+    for name in ("held", "running", "tokens"):
+        means = [each.occupancy.means[name] for each in apart]
+        assert both.occupancy.means[name] == pytest.approx(np.dot(spans, means) / max(spans))
+    assert both.summary["mean_running"] < 0.5
+    held = both.summary["mean_kv_cache_usage"] * both.summary["num_blocks"]
+    assert held == pytest.approx(both.tenants[""]["mean_blocks_held"])
+    table = both.occupancy.table()
+    assert np.diff(table["cached"]).min() > -1e-9, "cached blocks stay while nobody asks"
+    assert table["cached"][-1] > 0
+
+
 def test_a_conversation_finds_its_own_history_in_the_cache():
     lengths = {"input_len": Lengths(40), "output_len": Lengths(40)}
     talk = sessions(num_prompts=30, rate=1.0, turns=30, think=1.0, prefix_len=0, **lengths)

@@ -69,10 +69,41 @@ def test_a_series_keeps_its_sums_while_its_stretches_widen():
     assert found.peaks["a"] == values[:, 0].max()
 
 
+def test_a_step_is_spread_over_the_stretches_it_lies_in():
+    found = Series(("held",), width=1.0)
+    found.add(np.array([2.5]), np.array([2.0]), np.array([[4.0]]))
+    found.add(np.array([4.0]), np.array([0.5]), np.array([[8.0]]))
+    assert found.table() == {"time": [0.5, 1.5, 2.5, 3.5], "held": [2.0, 4.0, 2.0, 4.0]}
+    assert found.means["held"] == (2 * 4 + 0.5 * 8) / 4
+
+
+def test_stretches_hold_what_steps_come_to_within_them():
+    rng = np.random.default_rng(4)
+    pauses, seconds = rng.exponential(0.3, 900), rng.exponential(0.2, 900)
+    ends = 5.0 + np.cumsum(pauses + seconds)
+    values = rng.integers(0, 9, (900, 2)).astype(float)
+    found = Series(("a", "b"), bins=16, width=0.25)
+    found.start = 5.0
+    for part in np.array_split(np.arange(900), 41):
+        found.add(ends[part], seconds[part], values[part])
+        _ = found.peaks  # so that what has come is counted
+    found.close(ends[-1] + 7.0, np.array([2.0, 0.0]))
+    ends, seconds = np.append(ends, ends[-1] + 7.0), np.append(seconds, 7.0)
+    values = np.vstack([values, [2.0, 0.0]])
+    table = found.table()
+    edges = np.minimum(5.0 + np.arange(len(table["time"]) + 1) * found.width, ends[-1])
+    overlap = np.minimum(edges[1:, None], ends) - np.maximum(edges[:-1, None], ends - seconds)
+    want = np.maximum(overlap, 0) @ values / np.diff(edges)[:, None]
+    assert table["a"] == pytest.approx(want[:, 0])
+    assert table["b"] == pytest.approx(want[:, 1])
+    assert found.means["a"] == pytest.approx(float(seconds @ values[:, 0]) / (ends[-1] - 5.0))
+
+
 def test_series_of_replicas_add_up_side_by_side():
     one, two = Series(("held",), bins=8), Series(("held",), bins=8, width=1.0)
     ends = np.arange(1.0, 7.0)
     one.add(ends, np.ones(6), np.full((6, 1), 3.0))
-    two.add(ends, np.ones(6), np.full((6, 1), 4.0))
+    two.add(ends[:3], np.ones(3), np.full((3, 1), 4.0))
     one.merge(two)
-    assert set(one.table()["held"]) == {7.0}
+    assert one.table()["held"] == [7.0] * 3 + [3.0] * 3
+    assert one.means["held"] == 5.0
