@@ -118,24 +118,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         code: int = _module(args.verb).run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if whoever started us has closed it
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("\npagedkv: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough; keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has enough
         return 141
-    except (PagedKVError, ModuleNotFoundError) as fault:
-        if hasattr(args, "debug") or (text := _message(fault)) is None:
+    except (PagedKVError, ModuleNotFoundError, OSError) as fault:
+        if (text := _message(fault)) is None or hasattr(args, "debug"):
             raise
         print(f"pagedkv: error: {text}", file=sys.stderr)
         return 2
 
 
+def _drop_output() -> None:
+    """Keep Python from complaining at exit about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _lost_output() -> str | None:
+    """Why standard output takes no more; None if it does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as fault:
+        _drop_output()
+        return fault.strerror or str(fault)
+    return None
+
+
 def _message(fault: Exception) -> str | None:
     """What to tell the user, or None if the fault is ours."""
+    lost = _lost_output()
+    if isinstance(fault, OSError):
+        return f"standard output: cannot be written: {lost}" if lost else None
     if isinstance(fault, PolicyError):
         return str(fault)  # may go on for two lines that point at the place
     if not isinstance(fault, ModuleNotFoundError):

@@ -2,13 +2,11 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
-from pagedkv.cli.results import check_writable
+from pagedkv.cli.results import check_writable, write_result
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import SamplingParams
 from pagedkv.sim.calibration import Fit, fit, stacked
@@ -106,7 +104,6 @@ def calibrate(args: argparse.Namespace) -> int:
         print(f"  {name:22} {getattr(cost, name):.4f}")
     print(f"  {'overhead':22} {cost.overhead * 1000:.3f} ms")
     if args.cost_json:
-        text = msgspec.json.format(msgspec.json.encode(cost)).decode() + "\n"
-        Path(args.cost_json).write_text(text, encoding="utf-8")
+        write_result(cost, args.cost_json)
         print(f"written to {args.cost_json}; use it with --cost-json")
     return 0

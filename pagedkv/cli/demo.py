@@ -11,6 +11,7 @@ from pagedkv.cli.machine import idle_cores
 from pagedkv.cli.users import User, make_users
 from pagedkv.config import CacheConfig, EngineConfig, SchedulerConfig
 from pagedkv.errors import ConfigError
+from pagedkv.sim.files import replacing
 
 if TYPE_CHECKING:
     from pagedkv.cli.tour import Tour
@@ -225,7 +226,8 @@ def _write_answers(path: Path, tour: "Tour") -> None:
     for user in tour.users:
         answers = "\n\n".join(answer.strip() for answer in tour.answers(user))
         parts.append(f"## {user.name}: {user.question}\n\n{answers}\n")
-    path.write_text("\n".join(parts), encoding="utf-8")
+    with replacing(path) as out:
+        out.write("\n".join(parts))
 
 
 def _draw(path: Path, tour: "Tour") -> None:

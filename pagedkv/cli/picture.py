@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 
 from pagedkv.cli.dashboard import USER_COLOURS
 from pagedkv.cli.lessons import Lesson, find_lessons, widest_spot
+from pagedkv.sim.files import replacing
 from pagedkv.timeline import CACHED, FREE, SHARED, Timeline
 
 __all__ = ["draw_timeline"]
@@ -65,7 +66,7 @@ def draw_timeline(
             omitted.
 
     Raises:
-        OSError: The file cannot be written.
+        ConfigError: The file cannot be written.
     """
     users = _users(timeline, arrivals or {})
     lessons = find_lessons(timeline, users.index_of, users.line_of, block_size)
@@ -82,7 +83,8 @@ def draw_timeline(
     _share_steps(axes, len(timeline.owner))
     _draw_heading(figure, timeline, title, block_size, len(users.names))
     _draw_lessons(figure, axes, lessons)
-    figure.savefig(path, metadata={"Software": "pagedkv"})
+    with replacing(path, binary=True) as out:
+        figure.savefig(out, format="png", metadata={"Software": "pagedkv"})
 
 
 def _users(timeline: Timeline, arrivals: Mapping[str, int]) -> Users:

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
+from pagedkv.sim.files import replacing
+
 __all__ = ["draw_quality"]
 
 COLOURS = (
@@ -28,7 +30,7 @@ def draw_quality(result: Mapping[str, Any], path: str | Path) -> None:
     Bars are the 95 % intervals of the paired difference to the full cache, the grey line.
 
     Raises:
-        OSError: The file cannot be written.
+        ConfigError: The file cannot be written.
     """
     figure = Figure(figsize=(8.6, 5.2), dpi=120, facecolor="white", layout="constrained")
     axis = figure.add_subplot()
@@ -45,7 +47,8 @@ def draw_quality(result: Mapping[str, Any], path: str | Path) -> None:
         colour = COLOURS[names.index(name) % len(COLOURS)]
         _draw_line(axis, line, full["value"], colour, ratio=result["metric"] == "perplexity")
     _label(figure, axis, result)
-    figure.savefig(path, metadata={"Software": "pagedkv"})
+    with replacing(path, binary=True) as out:
+        figure.savefig(out, format=Path(path).suffix[1:] or "png", metadata={"Software": "pagedkv"})
 
 
 def _draw_line(

@@ -1,8 +1,6 @@
 """What a benchmark measured, as plain data with vLLM's keys, and the files it goes to."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +9,7 @@ import numpy as np
 from pagedkv.cli.machine import machine, versions
 from pagedkv.config import EngineConfig
 from pagedkv.core.stats import SchedulerStats
-from pagedkv.errors import ConfigError
+from pagedkv.sim.files import check_writable, replacing
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -89,27 +87,13 @@ def provenance(
     }
 
 
-def check_writable(path: str | None) -> None:
-    """Find out before a long run that its result could not be written.
+def write_result(result: Any, path: str | None) -> None:
+    """Write a result as JSON to a file, to standard output for ``-``, or nowhere.
 
     Raises:
-        ConfigError: The directory is missing or may not be written to.
+        ConfigError: It cannot be written; what was there is as it was.
     """
-    if path is None or path == "-":
-        return
-    folder = Path(path).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ConfigError(
-            "it cannot be written", where=path, remedy="name a file in a directory that exists"
-        )
-
-
-def write_result(result: Mapping[str, Any], path: str | None) -> None:
-    """Write a result as JSON to a file, to standard output for ``-``, or nowhere."""
     if path is None:
         return
-    text = msgspec.json.format(msgspec.json.encode(result)).decode() + "\n"
-    if path == "-":
-        print(text, end="")
-    else:
-        Path(path).write_text(text, encoding="utf-8")
+    with replacing(path) as out:
+        out.write(msgspec.json.format(msgspec.json.encode(result)).decode() + "\n")

@@ -18,6 +18,8 @@ from pagedkv.sim.result import spread
 
 __all__ = ["run"]
 
+_MOST_REASONS = 10  # that are told in a line; the JSON has all
+
 Point = tuple[dict[str, Any], argparse.Namespace]
 
 
@@ -114,8 +116,8 @@ def _line(run: Run) -> str:
     parts = [
         f"{summary['completed']} served in {summary['duration']:,.1f} s",
         f"{summary['request_throughput']:.2f} req/s",
-        f"TTFT p50 {summary['median_ttft_ms']:,.0f} p99 {summary['p99_ttft_ms']:,.0f} ms",
-        f"TPOT p50 {summary['median_tpot_ms']:.1f} ms",
+        f"TTFT p50 {_ms(summary['median_ttft_ms'])} p99 {_ms(summary['p99_ttft_ms'])} ms",
+        f"TPOT p50 {_ms(summary['median_tpot_ms'], 1)} ms",
         f"hits {summary['prefix_cache_hit_rate']:.1%}",
         f"KV {summary['mean_kv_cache_usage']:.0%}",
         f"{summary['num_preemptions']} preemptions",
@@ -129,12 +131,21 @@ def _line(run: Run) -> str:
     return f"{varied + ': ' if varied else ''}{'  '.join(parts)}"
 
 
+def _ms(value: float | None, digits: int = 0) -> str:
+    """Return milliseconds as text: a dash if nothing was measured."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
 def _reasons(summary: dict[str, Any]) -> str:
     """Return why requests failed, and how many for each reason."""
     unsent = summary["unsent_follow_ups"]
     outgrew = summary["failed"] - unsent - sum(summary["refused"].values())
     counts = summary["refused"] | {"outgrew the pool": outgrew, "follow-ups not sent": unsent}
-    return ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+    told = [f"{count} {why}" for why, count in counts.items() if count]
+    rest = (
+        [f"and for {len(told) - _MOST_REASONS} more reasons"] if len(told) > _MOST_REASONS else []
+    )
+    return ", ".join(told[:_MOST_REASONS] + rest)
 
 
 def _over_seeds(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -148,18 +159,31 @@ def _over_seeds(runs: Iterable[Run]) -> list[dict[str, Any]]:
             "varied": label,
             "num_seeds": len(members),
             "summary": {
-                name: spread([float(each["summary"][name]) for each in members])
-                for name, value in members[0]["summary"].items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
+                name: spread([float(value) for value in values if value is not None])
+                for name, values in _columns(members).items()
             },
         }
         for label, members in groups.items()
     ]
 
 
+def _columns(runs: list[Run]) -> dict[str, list[float | None]]:
+    """Return the numbers of runs by name, None where one has none; those that any of them has."""
+    names = {
+        name: None
+        for run in runs
+        for name, value in run["summary"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return {name: [run["summary"][name] for run in runs] for name in names}
+
+
 def _interval(group: dict[str, Any]) -> str:
     texts = [f"{group['num_seeds']} seeds:"]
     for name in ("median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "request_throughput"):
-        found = group["summary"][name]
-        texts.append(f"{name} {found['mean']:,.2f} ± {found['ci95']:,.2f} ")
+        found = group["summary"].get(name)
+        if found is None:
+            texts.append(f"{name} - ")
+        else:
+            texts.append(f"{name} {found['mean']:,.2f} ± {found['ci95']:,.2f} ")
     return f"{group['varied'] + ': ' if group['varied'] else ''}{' '.join(texts)}".rstrip()

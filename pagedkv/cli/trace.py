@@ -1,6 +1,7 @@
 """``pagedkv trace``: look at workload traces, make them up, convert them."""
 
 import argparse
+import sys
 from typing import Any
 
 from pagedkv.cli.results import check_writable, write_result
@@ -104,7 +105,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=list(WRITERS), default="mooncake", help="the format to write"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write it")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="where to write it; - is standard output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,10 +125,14 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.output)
     source = generated(args, args.kind) if args.mode == "generate" else read(args, args.file)
     source = source.head(args.num_prompts)
-    count = write_trace(source, args.output, args.to, block_size=args.block_size)
-    print(f"{count} requests written to {args.output}")
+    written = write_trace(source, args.output, args.to, block_size=args.block_size)
+    out = sys.stderr if args.output == "-" else sys.stdout
+    print(f"{written.num_requests} requests written to {args.output}", file=out)
     for reason, times in source.skipped.items():
-        print(f"{times} rows skipped: {reason}")
+        print(f"{times} rows skipped: {reason}", file=out)
+    for what, times in written.lost.items():
+        requests = "1 request" if times == 1 else f"{times} requests"
+        print(f"{args.to} cannot hold {what}: lost of {requests}", file=sys.stderr)
     return 0
 
 

@@ -109,9 +109,9 @@ class Accounts:
                 "input_tokens": account.input_tokens,
                 "output_tokens": account.output_tokens,
                 "prefix_cache_hit_rate": account.cached_tokens / max(1, account.input_tokens),
-                "mean_ttft_ms": account.ttft.mean * 1000,
-                "p99_ttft_ms": float(account.ttft.percentile(99)) * 1000,
-                "mean_e2el_ms": account.e2el.mean * 1000,
+                "mean_ttft_ms": ttft["mean_ttft_ms"],
+                "p99_ttft_ms": ttft["p99_ttft_ms"],
+                "mean_e2el_ms": account.e2el.summary("e2el_ms", (), 1000.0)["mean_e2el_ms"],
                 "preemptions": account.preemptions,
                 "mean_blocks_held": account.block_seconds / max(duration, 1e-9),
                 "most_blocks_held": account.most_blocks,
@@ -120,6 +120,7 @@ class Accounts:
                 "mean_tokens_per_second": account.speed / max(1, account.requests),
             }
             for name, account in self.of.items()
+            for ttft in [account.ttft.summary("ttft_ms", (99.0,), 1000.0)]
         }
 
     def fairness(self) -> dict[str, float]:

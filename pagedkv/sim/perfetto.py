@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from pagedkv.sim.files import replacing
 from pagedkv.sim.recorder import Phase
 from pagedkv.sim.result import SimResult
 
@@ -36,7 +37,8 @@ def write_perfetto(result: SimResult, path: Path) -> None:
         "displayTimeUnit": "ms",
         "otherData": {"phases_left_out": sum(result.num_unwatched)},
     }
-    path.write_bytes(msgspec.json.encode(document))
+    with replacing(path) as out:
+        out.write(msgspec.json.encode(document).decode())
 
 
 def _replica(number: int, phases: list[Phase], left_out: int) -> Iterator[Event]:

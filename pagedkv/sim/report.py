@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pagedkv.sim.files import replacing
 from pagedkv.sim.result import SimResult
 
 __all__ = ["cdf_table", "frontier", "write_report"]
@@ -65,11 +66,12 @@ svg { max-width: 100%; height: auto } .wide { overflow-x: auto }
 
 
 def cdf_table(result: SimResult, points: int = 200) -> dict[str, list[float]]:
-    """Return each latency's quantiles in milliseconds at ``points`` even steps, and the steps."""
+    """Return each latency's quantiles in milliseconds at ``points`` even steps: none of nothing."""
     percents = np.linspace(0, 100, points)
+    known = {name: result.latency[name] for name in _SHOWN}
     return {
-        name: (np.atleast_1d(result.latency[name].percentile(percents)) * 1000).tolist()
-        for name in _SHOWN
+        name: (each.percentile(percents) * 1000).tolist() if each.count else []
+        for name, each in known.items()
     }
 
 
@@ -84,6 +86,9 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
     Args:
         runs: As `pagedkv simulate` makes them.
+
+    Raises:
+        ConfigError: The file cannot be written; what was there is as it was.
     """
     shown = list(runs[:_MOST_LINES])
     parts = [_head(runs)]
@@ -118,7 +123,8 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         + "\n".join(parts)
         + "</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as out:
+        out.write(page)
 
 
 def _head(runs: Sequence[Run]) -> str:
@@ -145,7 +151,8 @@ def _table(runs: Sequence[Run]) -> str:
     heads = "".join(f"<th>{html.escape(label_of(run)) or 'value'}</th>" for run in runs)
     lines = [f"<tr><th></th>{heads}</tr>"]
     for key, title, form in _ROWS:
-        cells = "".join(f"<td>{form.format(run['summary'][key])}</td>" for run in runs)
+        values = [run["summary"][key] for run in runs]
+        cells = "".join(f"<td>{'-' if v is None else form.format(v)}</td>" for v in values)
         lines.append(f"<tr><td>{title}</td>{cells}</tr>")
     for key, title in _RUNGS:
         cells = "".join(f"<td>{run['summary']['rungs'][key]:,}</td>" for run in runs)
@@ -233,7 +240,7 @@ def _cdfs(figure: Any, runs: Sequence[Run]) -> None:
             values = np.array(run["cdf"][name])
             axes.plot(values, np.linspace(0, 100, len(values)), color=color, label=_label(run))
         values = np.concatenate([run["cdf"][name] for run in runs])
-        if values.min() > 0 and values.max() > 20 * values.min():
+        if values.size and values.min() > 0 and values.max() > 20 * values.min():
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.4g}")
             axes.xaxis.set_minor_formatter("")
@@ -263,7 +270,7 @@ def _tenants(figure: Any, run: Run) -> None:
         ),
         strict=True,
     ):
-        axes.barh(at, [row[key] * scale for row in rows], color=_COLORS[0], height=0.7)
+        axes.barh(at, [_measured(row[key]) * scale for row in rows], color=_COLORS[0], height=0.7)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_yticks(at, names, fontsize=8)
 
@@ -282,12 +289,18 @@ def _compare(figure: Any, runs: Sequence[Run]) -> None:
         ),
         strict=True,
     ):
-        values = [run["summary"][key] * scale for run in runs]
-        bars = axes.barh(at, values, color=_COLORS[0], height=0.7)
-        axes.bar_label(bars, [f"{value:,.4g}" for value in values], fontsize=8, padding=2)
-        axes.set_xlim(0, max([*values, 1e-9]) * 1.3)
+        values = [run["summary"][key] for run in runs]
+        texts = ["-" if value is None else f"{value * scale:,.4g}" for value in values]
+        bars = axes.barh(at, [_measured(v) * scale for v in values], color=_COLORS[0], height=0.7)
+        axes.bar_label(bars, texts, fontsize=8, padding=2)
+        axes.set_xlim(0, max([*(_measured(v) * scale for v in values), 1e-9]) * 1.3)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_yticks(at, labels if axes is panels[0] else [""] * len(runs), fontsize=8)
+
+
+def _measured(value: float | None) -> float:
+    """Return the length of a value's bar: none if nothing was measured."""
+    return value or 0.0
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -303,14 +316,18 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _pareto(figure: Any, runs: Sequence[Run]) -> None:
     axes = figure.subplots()
+    runs = [run for run in runs if run["summary"]["completed"]]
     points = [(r["summary"]["output_throughput"], r["summary"]["p99_ttft_ms"]) for r in runs]
     best = frontier(points)
     line = sorted(points[i] for i in best)
-    axes.plot(*zip(*line, strict=True), color="#999999", lw=1.2, drawstyle="steps-post")
+    axes.plot(
+        [x for x, _ in line], [y for _, y in line], color="#999999", lw=1.2, drawstyle="steps-post"
+    )
     if len(runs) <= _MOST_LINES:
         for color, point, run in zip(_COLORS, points, runs, strict=False):
             axes.scatter(*point, color=color, zorder=3, label=_label(run))
-        _legend(figure, axes)
+        if runs:
+            _legend(figure, axes)
     else:  # more than there are colours for: those on the line have names
         axes.scatter(*zip(*points, strict=True), color=_COLORS[0], zorder=3)
         for i in best:

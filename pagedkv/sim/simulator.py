@@ -94,13 +94,20 @@ class Replica:
             self.recorder.refuse(request, "larger than the pool")
             return False
         except InvalidRequest as fault:
-            long = "prompt_token_ids" in fault.where
-            reason = "longer than the model takes" if long else "not accepted"
-            self.recorder.refuse(request, reason)
+            self.recorder.refuse(request, self._why(request, fault))
             return False
         self._requests[name] = request
         self.recorder.add(seq_ids[0], request, name, self.clock)
         return True
+
+    def _why(self, request: SimRequest, fault: InvalidRequest) -> str:
+        """Return why a request was not taken, in words that fit others like it."""
+        if "prompt_token_ids" in fault.where:
+            return "longer than the model takes"
+        names = [entry.partition("=")[0] for entry in self.scheduler.config.scheduler.tenants]
+        if names and request.tenant not in names:
+            return f"of tenant {request.tenant!r}, who is none of {', '.join(map(repr, names))}"
+        return "not accepted"
 
     def advance(self, until: float, *, past_ends: bool = False) -> list[tuple[SimRequest, bool]]:
         """Step until the clock reaches ``until``, nothing is left, or requests have ended.

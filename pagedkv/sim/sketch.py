@@ -166,16 +166,17 @@ class Distribution:
         order = np.argsort(values, kind="stable")
         return values[order], often[order]
 
-    def summary(self, name: str, percents: tuple[float, ...], scale: float) -> dict[str, float]:
-        """Return mean, median, deviation and percentiles under vLLM's keys."""
-        found: dict[str, float] = {
-            f"mean_{name}": self.mean * scale,
-            f"median_{name}": float(self.percentile(50)) * scale,
-            f"std_{name}": self.deviation * scale,
+    def summary(
+        self, name: str, percents: tuple[float, ...], scale: float
+    ) -> dict[str, float | None]:
+        """Return mean, median, deviation and percentiles under vLLM's keys; None of nothing."""
+        known = {
+            f"mean_{name}": self.mean,
+            f"median_{name}": float(self.percentile(50)),
+            f"std_{name}": self.deviation,
+            **{f"p{percent:g}_{name}": float(self.percentile(percent)) for percent in percents},
         }
-        for percent in percents:
-            found[f"p{percent:g}_{name}"] = float(self.percentile(percent)) * scale
-        return found
+        return {key: value * scale if self.count else None for key, value in known.items()}
 
 
 class Series:

@@ -1,22 +1,21 @@
 """What is in a workload, in numbers; and workloads written out as trace files."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from pagedkv.core.prefix import extend_chain
 from pagedkv.errors import ConfigError
+from pagedkv.sim.files import replacing
 from pagedkv.sim.ranges import check
 from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.workload import SimRequest, Workload
 
-__all__ = ["WRITERS", "trace_stats", "write_trace"]
+__all__ = ["WRITERS", "Written", "trace_stats", "write_trace"]
 
 _PERCENTS = (5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 
@@ -110,7 +109,7 @@ def trace_stats(workload: Workload, *, block_size: int | None = None) -> dict[st
 # Writing
 
 
-def _write_hashed(workload: Workload, out: TextIO, block_size: int) -> int:
+def _write_hashed(workload: Iterable[SimRequest], out: IO[str], block_size: int) -> int:
     """Write Mooncake's format: chained ids, numbered as they first appear."""
     numbers: dict[bytes, int] = {}
     count = 0
@@ -137,7 +136,7 @@ def _write_hashed(workload: Workload, out: TextIO, block_size: int) -> int:
     return count
 
 
-def _write_exact(workload: Workload, out: TextIO, block_size: int) -> int:
+def _write_exact(workload: Iterable[SimRequest], out: IO[str], block_size: int) -> int:
     """Write LLMServingSim's format: the very tokens."""
     del block_size
     count = 0
@@ -153,7 +152,7 @@ def _write_exact(workload: Workload, out: TextIO, block_size: int) -> int:
     return count
 
 
-def _write_azure(workload: Workload, out: TextIO, block_size: int) -> int:
+def _write_azure(workload: Iterable[SimRequest], out: IO[str], block_size: int) -> int:
     """Write Azure's table: times and lengths; what prompts share is lost."""
     del block_size
     out.write("TIMESTAMP,ContextTokens,GeneratedTokens\n")
@@ -166,7 +165,49 @@ def _write_azure(workload: Workload, out: TextIO, block_size: int) -> int:
     return count
 
 
-WRITERS: dict[str, Callable[[Workload, TextIO, int], int]] = {
+_LOSES = {
+    "mooncake": ("session", "priority"),
+    "timed_trace": ("session", "priority"),
+    "llmservingsim": ("session", "priority", "tenant"),
+    "azure": ("session", "priority", "tenant", "prefix", "begin"),
+}
+"""Per format, what of `_WORDS` it has no place for."""
+
+_WORDS = {
+    "session": "sessions",
+    "priority": "priorities",
+    "tenant": "tenants",
+    "prefix": "prefixes that prompts share",
+    "begin": "that the first request comes after time 0",
+}
+
+
+class Written(NamedTuple):
+    """What became of a workload: the requests written; what was lost, in words, and of how many."""
+
+    num_requests: int
+    lost: dict[str, int]
+
+
+def _noting(workload: Workload, format: str, lost: Counter[str]) -> Iterator[SimRequest]:
+    """Yield the requests of a workload, and count what the format cannot say of them."""
+    heads: set[bytes] = set()  # what prompts began with so far
+    for number, request in enumerate(workload):
+        prompt = request.prompt
+        head = (prompt.streams[:1] if prompt.exact is None else prompt.exact[:16]).tobytes()
+        says = {
+            "session": bool(request.session),
+            "priority": request.priority != 0,
+            "tenant": bool(request.tenant),
+            "prefix": head in heads,
+            "begin": number == 0 and request.arrival > 0,
+        }
+        heads.add(head)
+        lost.update(_WORDS[name] for name in _LOSES[format] if says[name])
+        yield request
+
+
+WRITERS: dict[str, Callable[[Iterable[SimRequest], IO[str], int], int]] = {
     "mooncake": _write_hashed,
     "timed_trace": _write_hashed,
     "llmservingsim": _write_exact,
@@ -177,11 +218,11 @@ WRITERS: dict[str, Callable[[Workload, TextIO, int], int]] = {
 
 def write_trace(
     workload: Workload, path: str | Path, format: str, *, block_size: int | None = None
-) -> int:
-    """Write a workload as a trace file and return the number of requests.
+) -> Written:
+    """Write a workload as a trace file and return the number of requests, and what was lost.
 
     What was at the path is replaced once all is written, so a workload may be read from the file
-    that it is written to; a fault leaves the file as it was.
+    that it is written to; a fault leaves the file as it was. ``-`` is standard output.
 
     Args:
         block_size: Tokens per id, where the format has ids: the workload's own, or 512.
@@ -203,30 +244,7 @@ def write_trace(
         )
     size = (workload.block_size or 512) if block_size is None else block_size
     check("trace", block_size=size)
-    with _replacing(Path(path)) as out:
-        return WRITERS[format](workload, out, size)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """Open a file beside ``path`` that takes its place if nothing goes wrong."""
-    if path.exists() and not path.is_file():  # a device or a pipe: nothing to lose, nor to replace
-        with path.open("w", encoding="utf-8", newline="") as out:
-            yield out
-        return
-    place = path.resolve()  # of a link, what it leads to
-    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as out:
-            yield out
-        if place.exists():
-            shutil.copymode(place, beside)
-        beside.replace(place)
-    except OSError as fault:
-        raise ConfigError(
-            f"cannot be written: {fault.strerror or fault}",
-            where=str(path),
-            remedy="name a file in a directory with room that may be written to",
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
+    lost: Counter[str] = Counter()
+    with replacing(path) as out:
+        count = WRITERS[format](_noting(workload, format, lost), out, size)
+    return Written(count, dict(lost))

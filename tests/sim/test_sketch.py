@@ -51,7 +51,7 @@ def test_merged_is_as_if_all_had_come_to_one(sizes):
 
 
 def test_nothing_has_a_summary():
-    assert Distribution().summary("ttft_ms", (99.0,), 1000)["p99_ttft_ms"] == 0
+    assert Distribution().summary("ttft_ms", (99.0,), 1000)["p99_ttft_ms"] is None
 
 
 def test_a_series_keeps_its_sums_while_its_stretches_widen():

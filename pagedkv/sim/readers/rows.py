@@ -40,6 +40,7 @@ class Rows:
         self.skipped: Counter[str] = Counter()
         self.line = 0
         self._skips = on_error == "skip"
+        self._numbers: tuple[type, ...] = (int, float)  # as which a row's fields may be given
 
     def restart(self) -> None:
         """Begin again at the first line."""
@@ -82,6 +83,7 @@ class Rows:
     def csv_rows(self, *columns: str) -> Iterator[dict[str, str]]:
         """Yield the rows of a CSV file that has at least these columns; a line is a row."""
         self.restart()
+        self._numbers = (str,)
         with self._open() as text:
             lines = (line for line in self._lines(text) if line.strip())
             header = [name.strip() for name in self._cells(next(lines, ""))]
@@ -181,11 +183,13 @@ class Rows:
 
     def number(self, row: dict[str, Any], name: str) -> float:
         """Return a field as a finite number."""
+        if name not in row:
+            raise self.fault(f"{name} is missing")
+        found = row[name]
         try:
-            value = float(row[name])
-        except KeyError:
-            raise self.fault(f"{name} is missing") from None
-        except (TypeError, ValueError, OverflowError):
+            # A table's cells are text; what JSON says as text or as a truth value is no number.
+            value = float(found) if type(found) in self._numbers else math.nan
+        except (ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise self.fault(f"{name} is not a finite number")
