@@ -40,8 +40,8 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
     Attributes:
         window: 0 for none; otherwise key k is visible to query q only if q - k < window.
         block_lse: None, or fp32[T, Hq, W]: entry (t, h, i) is the log-sum-exp of query t's scores
-            over the i-th table entry of its own sequence, -inf where it sees none of it. The
-            operator overwrites all of it at every call: read it before the next layer runs.
+            over the i-th table entry of its own sequence, -inf where it sees none of it. Every
+            call makes its own.
         causal: False lets every query see all of its sequence's keys.
         lse: None, or fp32[Hq, T] of the latest call: log-sum-exp over all that a query sees.
         host_table: What `block_tables` holds, where reading it waits for no device.
@@ -78,7 +78,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
             block_size: Slots of a block.
             window: Sliding window in tokens, 0 for none.
             causal: Whether a sequence's queries are its last tokens and see none that follow.
-            want_block_lse: Have the operator allocate (once) and fill `block_lse`.
+            want_block_lse: Have the operator fill `block_lse`.
             send: Puts arrays where the keys are. On the CPU int32 arrays are shared, not copied.
 
         Cost: a few numpy calls and no Python loop over sequences; 20 us for 512 of them.

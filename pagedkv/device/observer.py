@@ -73,9 +73,8 @@ class Observer:
     """Gathers one `Observation` of a step, layer by layer.
 
     Sums over queries are taken once all layers of a group are in, because what is reduced over
-    heads and layers first need not be linear. In a layer little more is done than to copy what the
-    next layer overwrites: many small calls would cost a decode step more than all of their
-    arithmetic.
+    heads and layers first need not be linear. In a layer little more is done than to keep what it
+    gave: many small calls would cost a decode step more than all of their arithmetic.
     """
 
     def __init__(
@@ -138,17 +137,15 @@ class Observer:
     def take(self, block_lse: Tensor, lse: Tensor) -> None:
         """Take in the masses of one layer; once per layer, after its attention ran.
 
+        What is given may be kept, and must not change afterwards.
+
         Args:
             block_lse: fp32 [tables, T, H, W] Log-sum-exp of each query's scores over each entry.
             lse: fp32 [H, tables, T] Over all that the query sees.
         """
-        if self._asked is None:
-            block_lse, lse = block_lse.clone(), lse.clone()
-        else:
-            block_lse, lse = (
-                block_lse.index_select(1, self._asked),
-                lse.index_select(2, self._asked),
-            )
+        if self._asked is not None:
+            block_lse = block_lse.index_select(1, self._asked)
+            lse = lse.index_select(2, self._asked)
         self._pending.append((block_lse, lse))
         self._num_pending += block_lse.numel()
         if self._num_pending > _MOST_PENDING:

@@ -44,7 +44,22 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
 
     @classmethod
     def not_supported_reasons(cls, d: Any) -> list[str]:
-        """Why these inputs cannot be run; empty if they can. xformers puts it in its error."""
+        """Why these inputs cannot be run; empty if they can. xformers puts it in its error.
+
+        What can be run is remembered on a bias of ours, for the layers that follow.
+        """
+        seen = getattr(d.attn_bias, "prepared", {})
+        inputs = (d.query, d.key, d.value)
+        asked = cls, d.p, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
+        if asked in seen and not torch.is_grad_enabled():
+            return []
+        reasons = cls._refusals(d)
+        if not reasons:
+            seen[asked] = True
+        return reasons
+
+    @classmethod
+    def _refusals(cls, d: Any) -> list[str]:
         reasons: list[str] = super().not_supported_reasons(d)
         # xformers takes every device without bf16 tensor cores for one without bf16.
         reasons = [r for r in reasons if not r.startswith("bf16 is only supported on")]
@@ -117,8 +132,7 @@ def outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     if not isinstance(bias, PagedBias) or not bias.want_block_lse:
         return out, lse, None
     shape = (tokens, groups * heads, bias.block_tables.shape[1])
-    if bias.block_lse is None or bias.block_lse.shape != shape:
-        bias.block_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    bias.block_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     return out, lse, bias.block_lse
 
 
@@ -211,7 +225,7 @@ def paged_attention(
         key_cache: [num_blocks, block_size, Hkv, D], contiguous; query head h reads KV head
             h // (Hq / Hkv). In another float type than the query, or packed by `quantize`.
         value_cache: Like `key_cache`.
-        bias: The step's; its `block_lse` and `lse` are overwritten.
+        bias: The step's; its `block_lse` and `lse` become this call's.
         scale: Of the scores; D ** -0.5 if None.
         op: What `dispatch.choose_operator` gave.
 

@@ -55,12 +55,10 @@ class Pass:
         self._send = send
         self._block_size = block_size
         self._tables = geometry.num_kv_heads // layout.heads_per_group  # per layer
-        self._biases: dict[tuple[int, int, tuple[float, ...]], PagedBias | TurnedBias] = {}
         self._observers = [
             Observer(plan, layout, block_size, wanted, send) for wanted in observations
         ]
-        for layer, group in enumerate(layout.group_of):
-            self._bias(group, layer)
+        self._biases = self._by_layer()
 
     def attend(
         self, layer_idx: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
@@ -79,7 +77,7 @@ class Pass:
         """
         if self._tables > 1:
             query = head_by_head(query, self._tables)
-        bias = self._bias(self._layout.group_of[layer_idx], layer_idx)
+        bias = self._biases[layer_idx]
         if isinstance(bias, TurnedBias):
             out = bias.attend(query, keys, values, scaling, self._operator)
         else:
@@ -97,22 +95,25 @@ class Pass:
         split = x.view(self._tables, -1, *x.shape[1:])
         return split.transpose(0, 1).reshape(split.shape[1], -1, x.shape[2])
 
-    def _bias(self, group: int, layer: int) -> PagedBias | TurnedBias:
-        window = self._geometry.sliding_window[layer]
-        # Layers of one group may rotate differently, and some of them not at all.
-        angles = () if self._plan.turns is None else self._geometry.rope_frequencies[layer]
-        key = group, window, angles
-        if key not in self._biases:
-            plan, groups = self._plan, slice(group, group + self._tables)
-            width = plan.block_table.shape[2]
-            turns = None if plan.turns is None else plan.turns[groups].reshape(-1, width)
-            bias = self._build(groups, window, self._turns(turns, layer, self._send))
-            if isinstance(bias, TurnedBias):
-                bias.prepare(self._operator, self._send)
-            else:
-                self._operator.prepare(bias, self._send)
-            self._biases[key] = bias
-        return self._biases[key]
+    def _by_layer(self) -> list[PagedBias | TurnedBias]:
+        """Make the biases, one for all layers that see the same the same way; each layer's."""
+        plan, made, biases = self._plan, {}, []
+        for layer, group in enumerate(self._layout.group_of):
+            window = self._geometry.sliding_window[layer]
+            # Layers of one group may rotate differently, and some of them not at all.
+            angles = () if plan.turns is None else self._geometry.rope_frequencies[layer]
+            key = group, window, angles
+            if key not in made:
+                groups, width = slice(group, group + self._tables), plan.block_table.shape[2]
+                turns = None if plan.turns is None else plan.turns[groups].reshape(-1, width)
+                bias = self._build(groups, window, self._turns(turns, layer, self._send))
+                if isinstance(bias, TurnedBias):
+                    bias.prepare(self._operator, self._send)
+                else:
+                    self._operator.prepare(bias, self._send)
+                made[key] = bias
+            biases.append(made[key])
+        return biases
 
     def _build(self, groups: slice, window: int, turns: Turns | None) -> PagedBias | TurnedBias:
         plan = self._plan

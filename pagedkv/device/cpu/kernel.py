@@ -279,18 +279,18 @@ def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
     Raises:
         UnsupportedBackend: The kernel cannot be compiled here. Nothing was written.
     """
-    run(_worker(kind), params, min(threads, int(params[NUM_ITEMS])))
+    run(_worker(kind), params.ctypes.data, min(threads, int(params[NUM_ITEMS])))
 
 
-def run(worker: Any, params: npt.NDArray[np.int64], threads: int) -> None:
+def run(worker: Any, address: int, threads: int) -> None:
     """Have threads, the calling one included, carry out a compiled worker; wait for them.
 
     Args:
         worker: What `compile_native` gave for a function of one address.
-        params: What that address points to; the threads share it.
+        address: What it is called with; the threads share what lies there.
         threads: How many may work.
     """
-    address, parallel = params.ctypes.data, _openmp()
+    parallel = _openmp()
     if threads <= 1:
         worker.ctypes(address)
     elif parallel is not None:

@@ -11,6 +11,7 @@ bit, for a third of the reading.
 """
 
 import hashlib
+from ctypes import addressof, c_int64
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,7 @@ _ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
 NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
 _FP32, _BYTES, _ONE_ROW_OF_BYTES = range(3)
+_Params = c_int64 * (HOW + 1)
 
 
 @kernel
@@ -217,20 +219,23 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         panels: What `pack` made of the weight.
     """
     tokens, inputs = rows.shape
+    num_panels = panels.shape[0]
     how = _FP32 if panels.dtype == torch.float32 else _BYTES
+    height = HEIGHT
     if how == _BYTES and tokens == 1:
-        how = _ONE_ROW_OF_BYTES
-    height = 1 if how == _ONE_ROW_OF_BYTES else HEIGHT
-    num_panels, blocks = len(panels), -(-tokens // height)
-    if tokens % height:
-        whole = torch.zeros(blocks * height, inputs, dtype=torch.float32)
-        whole[:tokens] = rows
-        rows = whole
+        how, height = _ONE_ROW_OF_BYTES, 1
+    blocks = -(-tokens // height)
+    whole = blocks * height
+    if whole != tokens:
+        padded = torch.zeros(whole, inputs, dtype=torch.float32)
+        padded[:tokens] = rows
+        rows = padded
     rows = rows.contiguous()
-    out = torch.empty(blocks * height, num_panels * COLUMNS, dtype=torch.float32)
+    out = torch.empty(whole, num_panels * COLUMNS, dtype=torch.float32)
     threads = torch.get_num_threads()
-    params = np.zeros(HOW + 1, np.int64)
-    params[ROWS:] = (
+    # Not numpy: a decode step makes hundreds of these, and the address of an array takes it long.
+    params = _Params(
+        0,
         rows.data_ptr(),
         panels.data_ptr(),
         out.data_ptr(),
@@ -243,5 +248,7 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         how,
     )
     if blocks:
-        run(_worker(), params, threads)
+        run(_worker(), addressof(params), threads)
+    if whole == tokens and num_panels * COLUMNS == outputs:
+        return out
     return out[:tokens, :outputs].contiguous()
