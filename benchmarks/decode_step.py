@@ -93,7 +93,7 @@ def attach(clocks: Clocks, loaded: LoadedModel) -> None:
     clocks.wrap(KVStore, "write", "writing keys and values")
     clocks.wrap(Pass, "_show", "observing")
     clocks.wrap(Pass, "observed", "observing")
-    clocks.wrap(Pass, "_bias", "input building")
+    clocks.wrap(Pass, "_by_layer", "input building")
     clocks.wrap(PagedAttentionStep, "__init__", "input building")
     clocks.wrap(executor.TorchExecutor, "execute", "input building")
     clocks.wrap(executor, "sample", "sampling")
