@@ -40,7 +40,13 @@ _SIMD = (
     "bf16",
     "sve",
 )
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "MKL_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -93,7 +99,7 @@ def idle_cores() -> int:
 
 
 def threads() -> dict[str, int | str | None]:
-    """Return torch's thread count, if torch is loaded, and the variables that set such counts."""
+    """Return torch's thread count, if torch is loaded, and the variables that rule threads."""
     counts: dict[str, int | str | None] = {}
     if "torch" in sys.modules:
         counts["torch"] = sys.modules["torch"].get_num_threads()
