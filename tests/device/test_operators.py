@@ -285,13 +285,16 @@ def test_a_bias_serves_every_layer() -> None:
     second.table[:], second.key, second.value = first.table, first.key * 2, first.value - 1
     bias = first.bias(want_block_lse=True)
     first.run(CpuPagedOp, bias)
-    assert bias.block_lse is not None
-    buffer = bias.block_lse.data_ptr()
+    kept = bias.block_lse
+    assert kept is not None
+    was = kept.clone()
     again = second.run(CpuPagedOp, bias)
-    assert bias.block_lse.data_ptr() == buffer
+    assert torch.equal(kept, was)  # observers keep it
+    assert bias.block_lse is not kept
     fresh = first.bias(want_block_lse=True)
     assert torch.equal(second.run(CpuPagedOp, fresh), again)
     assert fresh.block_lse is not None
+    assert bias.block_lse is not None
     assert torch.equal(fresh.block_lse, bias.block_lse)
 
 
