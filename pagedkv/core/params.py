@@ -7,7 +7,7 @@ import numpy as np
 from msgspec import Meta
 
 from pagedkv.config import LARGEST_INT32, LARGEST_INT64, Checked, Natural, Positive, TokenId
-from pagedkv.errors import InvalidRequest, PagedKVError, closest, is_text, shown
+from pagedkv.errors import InvalidRequest, PagedKVError, is_text, shown
 
 __all__ = ["SamplingParams"]
 
@@ -35,23 +35,7 @@ def _as_tuple(value: Any) -> Any:
     return () if value is None else value
 
 
-class _Words(type(msgspec.Struct)):  # type: ignore[misc]
-    """Has an unknown keyword refused like a wrong value: whoever comes from vLLM will try some."""
-
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        known = list(cls.__struct_fields__)
-        unknown = [name for name in fields if name not in known]
-        if unknown:
-            near = closest(unknown[0], known)
-            raise InvalidRequest(
-                f"there is no {unknown[0]}",
-                where="sampling",
-                remedy=f"{f'did you mean {near}? ' if near else ''}give some of {', '.join(known)}",
-            )
-        return super().__call__(*args, **fields)
-
-
-class SamplingParams(Checked, frozen=True, kw_only=True, metaclass=_Words):
+class SamplingParams(Checked, frozen=True, kw_only=True):
     """How tokens are drawn and when drawing stops; the words and defaults are vLLM's.
 
     Attributes:

@@ -1,6 +1,5 @@
 """A wrong request is refused by name; nothing changes and the others are served exactly."""
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -170,26 +169,6 @@ def test_what_anyone_may_write_is_accepted_and_served(field, value):
 @pytest.mark.parametrize("stop", ["END", ["END"], ("END",)])
 def test_stop_strings_are_one_or_many(stop):
     assert SamplingParams(stop=stop).stop == ("END",)
-
-
-@pytest.mark.parametrize(
-    ("word", "told"),
-    [
-        (
-            "min_tokens",
-            "there is no min_tokens; did you mean max_tokens? give some of n, best_of, ",
-        ),
-        ("logit_bias", "there is no logit_bias; give some of n, best_of, temperature, "),
-        ("bad_words", "there is no bad_words"),
-        ("temprature", "there is no temprature; did you mean temperature? give some of n, "),
-    ],
-)
-def test_a_word_that_sampling_does_not_know_is_refused(word, told):
-    with pytest.raises(InvalidRequest) as caught:
-        SamplingParams(n=1, **{word: 3})
-    assert f"sampling: {told}" in str(caught.value)
-    with pytest.raises(msgspec.ValidationError, match=word):
-        msgspec.convert({word: 3}, SamplingParams)
 
 
 @pytest.mark.parametrize("value", ["maybe", "True", ""])
