@@ -44,7 +44,8 @@ examples:
   pagedkv generate --prompts-file questions.jsonl --chat --json > answers.jsonl
 
 A prompts file has one prompt a line: plain text, or JSON with "prompt", "prompt_token_ids" or
-"messages". Without prompts, all of standard input is one prompt.
+"messages", and perhaps "cache_salt"; other keys are passed over. Without prompts, all of standard
+input is one prompt.
 """
 
 
@@ -104,12 +105,15 @@ def _for_llm(llm: "LLM", prompt: Prompt, *, chat: bool) -> Any:
     """Return the prompt as `LLM.generate` takes it, templates applied."""
     if isinstance(prompt, str):
         return llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
+    # A line of somebody's data may say more than is for the engine, which passes nothing over.
+    known = {
+        key: prompt[key] for key in ("prompt", "prompt_token_ids", "cache_salt") if key in prompt
+    }
     if "messages" in prompt:
-        rest = {key: value for key, value in prompt.items() if key != "messages"}
-        return rest | {"prompt": llm.chat_prompt(prompt["messages"])}
+        return known | {"prompt": llm.chat_prompt(prompt["messages"])}
     if chat and "prompt" in prompt:
-        return prompt | {"prompt": _for_llm(llm, prompt["prompt"], chat=True)}
-    return prompt
+        return known | {"prompt": _for_llm(llm, prompt["prompt"], chat=True)}
+    return known
 
 
 # Whole outputs

@@ -111,13 +111,17 @@ def test_a_beam_search_may_be_asked_for(cli, asked, word, value):
 def test_chat_uses_the_template(cli, asked, tmp_path):
     path = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    lines = [{"messages": turns}, {"prompt": "c"}, {"prompt_token_ids": [1, 2]}]
+    lines = [
+        {"messages": turns, "id": 7},  # somebody's data says more than is for the engine
+        {"prompt": "c", "cache_salt": "x", "id": 8},
+        {"prompt_token_ids": [1, 2], "id": 9},
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     cli("generate", "--chat", "--prompts-file", path, "d")
     prompts = asked[0][0]
     assert prompts[0] == "<user>d"
     assert prompts[1] == {"prompt": "<user>a<assistant>b"}
-    assert prompts[2]["prompt"] == "<user>c"
+    assert prompts[2] == {"prompt": "<user>c", "cache_salt": "x"}
     assert prompts[3] == {"prompt_token_ids": [1, 2]}
 
 
