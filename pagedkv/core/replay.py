@@ -3,27 +3,22 @@
 And what slid out of its windows does not come back at once: they are filled no wider than before.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Float32, Float64, Int32, Int64
+from pagedkv.core.arrays import Bool, Int32
 from pagedkv.core.bounds import most_again
 from pagedkv.core.gaps import Holes
-from pagedkv.core.plan import StepPlan
 from pagedkv.core.request import UNBOUNDED, Eviction, SavedScores
 from pagedkv.core.table import SCORE_COLUMNS, SequenceTable
 from pagedkv.core.tokens import TokenColumns
-from pagedkv.eviction import Policy
 
 __all__ = [
-    "Known",
-    "Undo",
     "log_round",
     "no_wider",
     "replay_round",
     "restore_scores",
+    "save_scores",
     "scored_entries",
     "until_logged",
 ]
@@ -108,102 +103,25 @@ def replay_round(table: SequenceTable, row: int, keep: Bool, in_use: Int32) -> N
         keep[:, : logged.width] = logged.keep
 
 
-class Known(NamedTuple):
-    """What eviction knows of B rows: `SavedScores`, side by side.
-
-    Attributes:
-        rows: [B]
-        computed, num_evicted, forfeited, left_out: [B] each.
-        columns: [groups, B, entries] per column of scores, by name.
-    """
-
-    rows: Int32
-    computed: Int32
-    columns: dict[str, Float32]
-    num_evicted: Int64
-    forfeited: Float64
-    left_out: Float64
-
-    @classmethod
-    def of(cls, table: SequenceTable, rows: Int32, unit: str, width: int) -> "Known":
-        """Copy what is known of the first ``width`` blocks, or tokens, of rows."""
-        entries = scored_entries(table, unit)
-        columns = {
-            name: getattr(entries, name)[:, rows, :width]
+def save_scores(table: SequenceTable, row: int, unit: str, width: int) -> SavedScores:
+    """Return what is known of a row's first ``width`` entries, and what it has forgotten."""
+    entries = scored_entries(table, unit)
+    return SavedScores(
+        int(table.num_computed[row]),
+        {
+            name: getattr(entries, name)[:, row, :width].copy()
             for name in entries.kept_columns
             if name in SCORE_COLUMNS
-        }
-        facts = (table.num_evicted[rows], table.forfeited[rows], table.left_out[rows])
-        return cls(rows, table.num_computed[rows], columns, *facts)
-
-    def saved(self, i: int) -> SavedScores:
-        """Return what is known of the i-th row."""
-        return SavedScores(
-            int(self.computed[i]),
-            {name: column[:, i].copy() for name, column in self.columns.items()},
-            int(self.num_evicted[i]),
-            float(self.forfeited[i]),
-            float(self.left_out[i]),
-        )
+        },
+        int(table.num_evicted[row]),
+        float(table.forfeited[row]),
+        float(table.left_out[row]),
+    )
 
 
 def scored_entries(table: SequenceTable, unit: str) -> SequenceTable | TokenColumns:
     """Return who keeps what is known of blocks, or of tokens."""
     return table.tokens if unit == "token" else table
-
-
-class Undo:
-    """Within it a plan's step is counted; if that is interrupted, it has not been counted.
-
-    Effect, if so: the plan's rows say that they computed what they had before. They must be
-    preempted next; what is saved of them then makes them observe the step once when they compute
-    it again, or not again where it was taken in.
-
-    Cost: a copy of what is known of the rows that hold a round, and of those whose scores are not
-    just added up.
-    """
-
-    def __init__(self, table: SequenceTable, plan: StepPlan) -> None:
-        self._table = table
-        self._rows = plan.rows
-        self._computed = table.num_computed[plan.rows]
-        self._noted: list[tuple[Policy, Int32, Int32, int, Bool, Known]] = []
-
-    def note(self, chosen: Policy, rows: Int32, counts: Int32, width: int) -> None:
-        """Remember rows of one policy, [B], right before they take in ``counts`` tokens each."""
-        table, adds = self._table, chosen.scorer().counts or chosen.scorer().observe == "none"
-        copied: Bool = np.ones(len(rows), np.bool_)
-        if adds and not chosen.shrinks:
-            computed, prompt = table.num_computed[rows] + counts, table.num_prompt[rows]
-            copied = chosen.cadence(table.block_size).is_round(computed, prompt)
-        known = Known.of(table, rows[copied], chosen.unit, width)
-        self._noted.append((chosen, rows, counts, width, copied, known))
-
-    def __enter__(self) -> "Undo":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
-        table = self._table
-        table.num_computed[self._rows] = self._computed
-        for i, row in enumerate(self._rows.tolist()):  # who replayed keeps what was saved
-            seq = table.sequences[row]
-            if seq is not None and seq.saved and self._computed[i] < seq.saved.computed:
-                table.replay_until[row] = UNBOUNDED
-        for chosen, rows, counts, width, copied, known in self._noted:
-            table.replay_until[rows] = UNBOUNDED  # so that nothing more is saved
-            self._save(known)
-            rest = Known.of(table, rows[~copied], chosen.unit, width)
-            self._save(rest._replace(computed=rest.computed + counts[~copied]))
-
-    def _save(self, known: Known) -> None:
-        for i, row in enumerate(known.rows.tolist()):
-            seq = self._table.sequences[row]
-            assert seq is not None
-            seq.saved = known.saved(i)
-            rounds = seq.evictions.items()
-            seq.evictions = {at: held for at, held in rounds if at <= known.computed[i]}
 
 
 def restore_scores(table: SequenceTable, rows: Int32) -> None:

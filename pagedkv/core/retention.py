@@ -18,12 +18,11 @@ from pagedkv.core.groups import GroupLayout
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import Observation, StepPlan, StepResult
 from pagedkv.core.replay import (
-    Known,
-    Undo,
     log_round,
     no_wider,
     replay_round,
     restore_scores,
+    save_scores,
     until_logged,
 )
 from pagedkv.core.request import Certificate, Sequence
@@ -177,16 +176,13 @@ class Retention:
 
     # After a step
 
-    def observe(
-        self, plan: StepPlan, result: StepResult, alive: Bool, undo: Undo
-    ) -> dict[int, Heard]:
+    def observe(self, plan: StepPlan, result: StepResult, alive: Bool) -> dict[int, Heard]:
         """Let the scores of running sequences take in what a step observed.
 
         Call it before the step's tokens are counted as computed.
 
         Args:
             alive: [B] Which of the plan's sequences still run.
-            undo: Is told who is about to.
 
         Returns:
             Their masses, for `evict`, by number of their policy.
@@ -200,11 +196,9 @@ class Retention:
             counts = plan.query_start[members + 1] - plan.query_start[members]
             number = int(self._table.policy_id[rows[0]])
             chosen = self._policies[number]
-            if chosen.scorer().observe == "none":
-                undo.note(chosen, rows, counts, wanted.width)
-            else:
+            if chosen.scorer().observe != "none":
                 with self.blaming(rows):
-                    self._score(chosen, rows, counts, observed.values[:, at_rows(live)], undo)
+                    self._score(chosen, rows, counts, observed.values[:, at_rows(live)])
             heard[number] = rows, observed.mass[:, at_rows(live)]
             if chosen.shrinks:  # may be asked for between two steps
                 self._table.mass[:, at_rows(rows), : wanted.width] = heard[number][1]
@@ -218,14 +212,11 @@ class Retention:
         except PolicyError as fault:
             self.faults.append((rows, fault))
 
-    def _score(
-        self, chosen: Policy, rows: Int32, counts: Int32, values: Float32, undo: Undo
-    ) -> None:
+    def _score(self, chosen: Policy, rows: Int32, counts: Int32, values: Float32) -> None:
         """Let the scores of rows of one policy take in [groups, B, width] observed values."""
         table, entries, at = self._table, self.entries.owner(chosen), at_rows(rows)
-        width, adds = values.shape[2], chosen.scorer().counts
-        undo.note(chosen, rows, counts, width)  # nothing may come between this and a sum
-        if adds:
+        width = values.shape[2]
+        if chosen.scorer().counts:
             entries.score[:, at, :width] += values
             return
         view, flat = self.entries.view(chosen, rows, width=width), values.reshape(-1, width)
@@ -381,9 +372,8 @@ class Retention:
         """Remember a row's scores before its sequence is preempted, unless it was replaying."""
         row, table = seq.row, self._table
         if table.policy_id[row] >= 0 and table.num_computed[row] >= table.replay_until[row]:
-            one = np.array([row], np.int32)
-            width = int(self.entries.in_use(seq.policy, one).max())
-            seq.saved = Known.of(table, one, seq.policy.unit, width).saved(0)
+            width = int(self.entries.in_use(seq.policy, np.array([row], np.int32)).max())
+            seq.saved = save_scores(table, row, seq.policy.unit, width)
 
     def certificate(self, seq: Sequence) -> Certificate:
         """Return what a sequence has forgotten, means over groups."""

@@ -17,7 +17,6 @@ from pagedkv.core.planner import Decision, build_plan, drawing
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.queues import make_queue
-from pagedkv.core.replay import Undo
 from pagedkv.core.request import FinishedSequence, Request, Sequence
 from pagedkv.core.result import checked_result, not_finite
 from pagedkv.core.retention import Retention
@@ -259,7 +258,8 @@ class Scheduler:
         Raises:
             InvalidTransition: The plan is not the outstanding one, or the result does not answer
                 all of it (`checked_result`); nothing changes.
-            BaseException: It was interrupted half way; the plan then counts as discarded.
+            BaseException: It was interrupted half way; the plan then counts as discarded. Tokens
+                stay right, scores may count the step twice: hold Ctrl-C back, as `Engine` does.
         """
         self._check_outstanding(plan, "commit")
         result = checked_result(plan, result, self.config.model.vocab_size)
@@ -275,14 +275,12 @@ class Scheduler:
         self.tier.commit()
         alive = self.table.seq_id[self._batch.at] == plan.seq_ids
         live = self._batch.where(alive)
-        sound, first_time = alive & ~not_finite(plan, result), live.first_time
-        with Undo(self.table, plan) as undo:
-            heard = self.retention.observe(plan, result, sound, undo)
-            self.manager.advance(live)
-            # Who is about to be failed holds no round: what it would forget is not known.
-            stuck = self.retention.evict(self._batch.where(sound), heard)
-            self.tenants.charge(live.tenants, first_time)
-        self._roster.preempt_rows(stuck)
+        self.tenants.charge(live.tenants, live.first_time)
+        sound = alive & ~not_finite(plan, result)
+        heard = self.retention.observe(plan, result, sound)
+        self.manager.advance(live)
+        # Who is about to be failed holds no round: what it would forget is not known.
+        self._roster.preempt_rows(self.retention.evict(self._batch.where(sound), heard))
         self._roster.fork_siblings()
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:
