@@ -11,7 +11,7 @@ from pagedkv.cli.machine import idle_cores
 from pagedkv.cli.users import User, make_users
 from pagedkv.config import CacheConfig, EngineConfig, SchedulerConfig
 from pagedkv.errors import ConfigError
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 
 if TYPE_CHECKING:
     from pagedkv.cli.tour import Tour

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from pagedkv.cli.dashboard import USER_COLOURS
 from pagedkv.cli.lessons import Lesson, find_lessons, widest_spot
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 from pagedkv.timeline import CACHED, FREE, SHARED, Timeline
 
 __all__ = ["draw_timeline"]

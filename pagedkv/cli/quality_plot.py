@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 
 __all__ = ["draw_quality"]
 

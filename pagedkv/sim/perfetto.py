@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 from pagedkv.sim.recorder import Phase
 from pagedkv.sim.result import SimResult
 
@@ -37,8 +37,8 @@ def write_perfetto(result: SimResult, path: Path) -> None:
         "displayTimeUnit": "ms",
         "otherData": {"phases_left_out": sum(result.num_unwatched)},
     }
-    with replacing(path) as out:
-        out.write(msgspec.json.encode(document).decode())
+    with replacing(path, binary=True) as out:
+        out.write(msgspec.json.encode(document))
 
 
 def _replica(number: int, phases: list[Phase], left_out: int) -> Iterator[Event]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 from pagedkv.sim.result import SimResult
 
 __all__ = ["cdf_table", "frontier", "write_report"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from pagedkv.core.prefix import extend_chain
 from pagedkv.errors import ConfigError
-from pagedkv.sim.files import replacing
+from pagedkv.files import replacing
 from pagedkv.sim.ranges import check
 from pagedkv.sim.sketch import Distribution
 from pagedkv.sim.workload import SimRequest, Workload

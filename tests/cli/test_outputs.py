@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pagedkv import ConfigError
-from pagedkv.sim.files import check_writable, replacing
+from pagedkv.files import check_writable, replacing
 
 SMALL = ("simulate", "--num-prompts", "5", "--input-len", "60", "--output-len", "12")
 FULL = Path("/dev/full")
