@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from pagedkv.device import packing
 from pagedkv.device.bridge import ATTENTION_NAME, AttentionStep, forward, progress_bars, register
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.layers import substitute_layers
 from pagedkv.device.probe import probe
 from pagedkv.device.substitutes import substitute
 from pagedkv.device.support import check_config
@@ -153,6 +154,7 @@ def _examined(network: Any, tokenizer: Any, name: str) -> LoadedModel:
     loaded = LoadedModel(network, tokenizer, name, unknown, narrows)
     loaded = replace(loaded, geometry=probe(loaded))
     substitute(network, loaded.geometry)
+    substitute_layers(network, loaded.geometry)
     return loaded
 
 

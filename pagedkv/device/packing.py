@@ -37,7 +37,7 @@ class PackedLinear(nn.Linear):
         get_ready()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._multiply = multiply
-        self._panels: Tensor = pack(linear.weight.detach())
+        self.panels: Tensor = pack(linear.weight.detach())
         weight = linear.weight if shared else nn.Parameter(linear.weight.to("meta"), False)
         self.weight, self.bias = weight, linear.bias
 
@@ -45,12 +45,12 @@ class PackedLinear(nn.Linear):
         """Return the weight that was packed, bit for bit: [out_features, in_features]."""
         from pagedkv.device.cpu.linear import unpack
 
-        return unpack(self._panels, self.out_features)
+        return unpack(self.panels, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``: [..., in_features] to [..., out_features]."""
         rows = input.reshape(-1, self.in_features)
-        out: Tensor = self._multiply(rows, self._panels, self.out_features)
+        out: Tensor = self._multiply(rows, self.panels, self.out_features)
         if self.bias is not None:
             out += self.bias
         return out.view(*input.shape[:-1], self.out_features)

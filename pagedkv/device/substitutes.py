@@ -24,13 +24,13 @@ _ROTATION = "apply_rotary_pos_emb"
 _TOLERANCE = 1e-5
 _GATED = ("gate_proj", "up_proj", "down_proj")
 # Numbers in a tensor: with more, as in prompts, arithmetic is what counts, and torch has threads.
-_MOST = 1 << 18
+MOST = 1 << 18
 _Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def native(x: Tensor) -> bool:
     """Whether native code is for this tensor; a model may be moved after it was loaded."""
-    return type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() <= _MOST
+    return type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() <= MOST
 
 
 def rotation(theirs: _Rotation) -> _Rotation:
@@ -93,15 +93,21 @@ def substitute(model: Any, geometry: ModelGeometry) -> None:
                 _replace_rotation(module, geometry)
 
 
-def _replace_norm(module: nn.Module) -> None:
+def epsilon_of(module: nn.Module) -> float | None:
+    """Return an RMS norm's epsilon; None if it is not called as usual."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return epsilon if isinstance(epsilon, float) else None
+
+
+def _replace_norm(module: nn.Module) -> None:
+    epsilon = epsilon_of(module)
     weight = getattr(module, "weight", None)
-    if not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
+    if epsilon is None or not isinstance(weight, nn.Parameter):
         return
     if len([*module.parameters()]) > 1:
         return
-    probe, ours = _noise(3, 1, len(weight)), norm(epsilon)
-    if _alike(lambda: (module(probe),), lambda: (ours(module, probe),)):
+    probe, ours = noise(3, 1, len(weight)), norm(epsilon)
+    if alike(lambda: (module(probe),), lambda: (ours(module, probe),)):
         module.forward = MethodType(ours, module)
 
 
@@ -118,8 +124,8 @@ def _replace_gate(module: nn.Module) -> None:
     bare = copy.copy(module)
     stubs = (_Stub(lambda x: 3 * x), _Stub(lambda x: x.flip(-1)), _Stub(lambda x: 2 * x))
     bare._modules = {**module._modules, **dict(zip(_GATED, stubs, strict=True))}
-    probe = _noise(1, 3, 40)
-    if _alike(lambda: (bare(probe),), lambda: (gated(bare, probe),)):
+    probe = noise(1, 3, 40)
+    if alike(lambda: (bare(probe),), lambda: (gated(bare, probe),)):
         module.forward = MethodType(gated, module)
 
 
@@ -144,15 +150,13 @@ def _replace_rotation(module: nn.Module, geometry: ModelGeometry) -> None:
 
 def _same_rotation(theirs: _Rotation, ours: _Rotation, geometry: ModelGeometry, width: int) -> bool:
     dim, tokens = geometry.head_dim, 5
-    query = _noise(1, tokens, geometry.num_query_heads, dim).transpose(1, 2)
-    key = _noise(1, tokens, geometry.num_kv_heads, dim).transpose(1, 2)
-    angles = _noise(1, tokens, width), _noise(1, tokens, width)
-    return _alike(lambda: theirs(query, key, *angles), lambda: ours(query, key, *angles))
+    query = noise(1, tokens, geometry.num_query_heads, dim).transpose(1, 2)
+    key = noise(1, tokens, geometry.num_kv_heads, dim).transpose(1, 2)
+    angles = noise(1, tokens, width), noise(1, tokens, width)
+    return alike(lambda: theirs(query, key, *angles), lambda: ours(query, key, *angles))
 
 
-def _alike(
-    theirs: Callable[[], tuple[Tensor, ...]], ours: Callable[[], tuple[Tensor, ...]]
-) -> bool:
+def alike(theirs: Callable[[], tuple[Tensor, ...]], ours: Callable[[], tuple[Tensor, ...]]) -> bool:
     """Whether both give the same within rounding; false if theirs cannot be called so."""
     try:
         expected = theirs()
@@ -165,5 +169,5 @@ def _alike(
     )
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))

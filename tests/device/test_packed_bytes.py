@@ -133,7 +133,7 @@ def test_a_quantised_model_computes_the_same_bits_as_with_fp32_panels(monkeypatc
 
     plain, packed = model(), model()
     pack_weights(packed, "all", "quantised")
-    panels = [m._panels for m in packed.modules() if isinstance(m, PackedLinear)]
+    panels = [m.panels for m in packed.modules() if isinstance(m, PackedLinear)]
     assert panels
     assert all(each.dtype == torch.int8 for each in panels)
     monkeypatch.setattr(linear, "encode", lambda *_: None)

@@ -84,7 +84,7 @@ from .simd import (
 from .simd_math import exp2
 from .wide import run_wide
 
-__all__ = ["KINDS", "launch", "run", "sources", "warmup"]
+__all__ = ["KINDS", "launch", "parallel_address", "run", "warmup"]
 
 # How keys and values are stored; queries likewise, but in fp32 beside int8.
 KINDS = ("float32", "float16", "bfloat16", "int8")
@@ -193,15 +193,11 @@ SIGNATURE = types.void(types.int64)
 _PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product", "wide", "kernel")
 
 
-def sources() -> list[Path]:
-    """The files that a compiled kernel depends on."""
-    here = Path(__file__).parent
-    return [here / f"{part}.py" for part in _PARTS]
-
-
 def _source_digest() -> str:
-    """A hash of the kernel's files: numba's disk cache looks at one of them only."""
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
+    """A hash of the kernel's own files: it takes longest to compile."""
+    here = Path(__file__).parent
+    files = (here / f"{part}.py" for part in _PARTS)
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _function(kind: str) -> Any:
@@ -254,13 +250,15 @@ _Parallel = Callable[[int, int, int, int], None]
 
 
 @cache
+def parallel_address() -> int:
+    """Return where torch's OpenMP is entered, if it brought a runtime that has GNU's; else 0."""
+    return binding.address_of_symbol("GOMP_parallel") or 0
+
+
+@cache
 def _openmp() -> _Parallel | None:
-    """torch's OpenMP entry point, if torch brought a runtime that has GNU's."""
-    address = binding.address_of_symbol("GOMP_parallel")
-    if not address:
-        return None
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return kind(address)
+    return kind(parallel_address()) if parallel_address() else None
 
 
 @cache

@@ -10,7 +10,6 @@ multiplied, to the same fp32 numbers, which are summed in the same order: the sa
 bit, for a third of the reading.
 """
 
-import hashlib
 from ctypes import addressof, c_int64
 from functools import cache
 from typing import Any
@@ -21,8 +20,8 @@ from numba import types
 from torch import Tensor
 
 from .codes import GROUP, GROUP_BYTES, decode, encode
-from .kernel import run, sources
-from .native import compile_native
+from .kernel import run
+from .native import compile_native, sources
 from .product import HEIGHT, product, product_onto
 from .simd import (
     LANES,
@@ -39,7 +38,7 @@ from .simd import (
     store,
 )
 
-__all__ = ["get_ready", "multiply", "pack", "unpack"]
+__all__ = ["describe", "get_ready", "multiply", "pack", "take_panels", "unpack", "worker"]
 
 COLUMNS = 3 * LANES
 # Numbers of the rows that are done with one panel after another: 256 KiB stay in the second-level
@@ -52,7 +51,7 @@ _ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
 
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
 NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
-_FP32, _BYTES, _ONE_ROW_OF_BYTES = range(3)
+_FP32, BYTES, ONE_ROW_OF_BYTES = range(3)
 _Params = c_int64 * (HOW + 1)
 
 
@@ -147,7 +146,7 @@ def _one_row_of_bytes(params: Address, low: int, high: int) -> None:
 
 
 @kernel
-def _multiply(params: Address) -> None:
+def take_panels(params: Address) -> None:
     """Take runs of panels off the shared counter until none is left."""
     panels, run = get(params, NUM_PANELS), get(params, RUN)
     runs = -(-panels // run)
@@ -158,7 +157,7 @@ def _multiply(params: Address) -> None:
         high = min(low + run, panels)
         if get(params, HOW) == _FP32:
             _some_panels(params, item // runs, low, high)
-        elif get(params, HOW) == _BYTES:
+        elif get(params, HOW) == BYTES:
             _some_panels_of_bytes(params, item // runs, low, high)
         else:
             _one_row_of_bytes(params, low, high)
@@ -166,16 +165,15 @@ def _multiply(params: Address) -> None:
 
 
 @cache
-def _worker() -> Any:
+def worker() -> Any:
     """The compiled worker; the object must outlive its address."""
-    # numba's disk cache looks at this file only; the digest stands for what it imports.
-    digest = hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
+    digest = sources()
 
-    def worker(params):  # type: ignore[no-untyped-def]
+    def some(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _multiply(params)
+        take_panels(params)
 
-    return compile_native(types.void(types.int64), worker, "the product with packed weights")
+    return compile_native(types.void(types.int64), some, "the product with packed weights")
 
 
 def get_ready() -> None:
@@ -186,7 +184,7 @@ def get_ready() -> None:
 
     Cost: a second, once per machine.
     """
-    _worker()
+    worker()
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -211,6 +209,16 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
     return whole[:outputs].contiguous()
 
 
+def describe(panels: Tensor, threads: int) -> tuple[int, ...]:
+    """Return what the worker is told about a weight: HOW + 1 fields, 0 where the rows decide."""
+    num_panels, how = panels.shape[0], _FP32 if panels.dtype == torch.float32 else BYTES
+    inputs = panels.shape[1] * (1 if how == _FP32 else GROUP)
+    at_once = max(_ROWS_AT_ONCE // inputs // HEIGHT, 1)
+    run_length = min(max(num_panels // (4 * threads), 1), 8)
+    stride = 4 * COLUMNS * num_panels
+    return 0, 0, panels.data_ptr(), 0, 0, inputs, num_panels, stride, at_once, run_length, how
+
+
 def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
     """Return ``rows @ weight.T``: fp32 [T, inputs] to [T, outputs], contiguous.
 
@@ -220,10 +228,12 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
     """
     tokens, inputs = rows.shape
     num_panels = panels.shape[0]
-    how = _FP32 if panels.dtype == torch.float32 else _BYTES
+    threads = torch.get_num_threads()
+    # Not numpy: a decode step makes hundreds of these, and the address of an array takes it long.
+    params = _Params(*describe(panels, threads))
     height = HEIGHT
-    if how == _BYTES and tokens == 1:
-        how, height = _ONE_ROW_OF_BYTES, 1
+    if params[HOW] == BYTES and tokens == 1:
+        params[HOW], height = ONE_ROW_OF_BYTES, 1
     blocks = -(-tokens // height)
     whole = blocks * height
     if whole != tokens:
@@ -232,23 +242,9 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         rows = padded
     rows = rows.contiguous()
     out = torch.empty(whole, num_panels * COLUMNS, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    # Not numpy: a decode step makes hundreds of these, and the address of an array takes it long.
-    params = _Params(
-        0,
-        rows.data_ptr(),
-        panels.data_ptr(),
-        out.data_ptr(),
-        blocks,
-        inputs,
-        num_panels,
-        4 * COLUMNS * num_panels,
-        max(_ROWS_AT_ONCE // inputs // HEIGHT, 1),
-        min(max(num_panels // (4 * threads), 1), 8),
-        how,
-    )
+    params[ROWS], params[OUT], params[NUM_BLOCKS] = rows.data_ptr(), out.data_ptr(), blocks
     if blocks:
-        run(_worker(), addressof(params), threads)
+        run(worker(), addressof(params), threads)
     if whole == tokens and num_panels * COLUMNS == outputs:
         return out
     return out[:tokens, :outputs].contiguous()

@@ -1,7 +1,10 @@
 """Compiling functions for this machine, through numba's disk cache where that can be had."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba import cfunc
@@ -10,9 +13,20 @@ from numba.core.sigutils import normalize_signature
 
 from pagedkv.errors import UnsupportedBackend
 
-__all__ = ["compile_native", "on_disk"]
+__all__ = ["compile_native", "on_disk", "sources"]
 
 OPTIONS = {"error_model": "numpy"}
+
+
+@cache
+def sources() -> str:
+    """Return a digest of all native code of this folder.
+
+    numba's disk cache looks at the file of the function that is compiled, and not at what that
+    imports: a function that mentions this digest is compiled anew when any of it changes.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def compile_native(signature: Any, function: Callable[..., None], what: str) -> Any:

@@ -4,7 +4,6 @@ A (query, run of blocks) pair is one row of a partial attention. Each of these i
 some ten in torch. fp32 only, on the calling thread.
 """
 
-import hashlib
 import math
 from functools import cache
 from typing import Any
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from pagedkv.core.arrays import Int64
 
-from .kernel import sources
-from .native import compile_native
-from .rowwise import rotate_head
+from .native import compile_native, sources
+from .rowwise import copy, rotate_head
 from .simd import (
     LANES,
     Address,
@@ -35,16 +33,6 @@ from .simd import (
 )
 
 __all__ = ["Merge", "Turn", "get_ready"]
-
-
-@kernel
-def _copy(source: Address, out: Address, count: int) -> None:
-    f32 = np.float32(0)
-    whole = count // LANES * LANES
-    for at in range(0, 4 * whole, 4 * LANES):
-        store(out + at, load(f32, source + at))
-    for at in range(4 * whole, 4 * count, 4):
-        put(out + at, scalar(f32, source + at))
 
 
 @kernel
@@ -71,7 +59,7 @@ def _turn(
         for _ in range(heads):
             if rotated:
                 rotate_head(source, out, cos + at, sin + at, pairs, 0)
-            _copy(source + 4 * rotated, out + 4 * rotated, dim - rotated)
+            copy(source + 4 * rotated, out + 4 * rotated, dim - rotated)
             source += head_stride
             out += 4 * dim
 
@@ -161,7 +149,7 @@ def _gather_entries(params: Address, token: int, head: int) -> None:
         source = get(call, PART_ENTRIES)
         source += 4 * get(call, PART_WIDTH) * (at * get(params, HEADS) + head)
         first = get(get(params, FIRST), pair)
-        _copy(source, out + 4 * first, get(get(params, COUNT), pair))
+        copy(source, out + 4 * first, get(get(params, COUNT), pair))
 
 
 @kernel
@@ -176,8 +164,7 @@ def _merge(params: Address) -> None:
 @cache
 def _compiled(name: str) -> Any:
     """One of the two, as ctypes calls it."""
-    # numba's disk cache looks at this file only; the digest stands for what it imports.
-    digest = hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
+    digest = sources()
 
     def turning(query, out, token, row, cos, sin, count, heads, dim, pairs, step, head_step):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key

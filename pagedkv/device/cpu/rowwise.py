@@ -4,7 +4,6 @@ Each is one call here and a dozen in torch. Where a step has few tokens, calls a
 what Python does around one is kept to the least. fp32 only, on the calling thread.
 """
 
-import hashlib
 import math
 from functools import cache
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from .kernel import sources
-from .native import compile_native
+from .native import compile_native, sources
 from .simd import (
     LANES,
     Address,
@@ -36,10 +34,31 @@ from .simd import (
 )
 from .simd_math import exp2
 
-__all__ = ["get_ready", "rms_norm", "rotate", "rotate_head", "silu_gate"]
+__all__ = [
+    "copy",
+    "gate_all",
+    "get_ready",
+    "norm_rows",
+    "rms_norm",
+    "rotate",
+    "rotate_head",
+    "rotate_heads",
+    "silu_gate",
+]
 
 _FAR = -80.0  # below it the logistic function is 0 beside anything; keeps exp2 in range
 _LOG2_E = 1.0 / math.log(2.0)
+
+
+@kernel
+def copy(source: Address, out: Address, count: int) -> None:
+    """Copy fp32 numbers, first to last: `out` may lie before the source and reach into it."""
+    f32 = np.float32(0)
+    whole = count // LANES * LANES
+    for at in range(0, 4 * whole, 4 * LANES):
+        store(out + at, load(f32, source + at))
+    for at in range(4 * whole, 4 * count, 4):
+        put(out + at, scalar(f32, source + at))
 
 
 @kernel
@@ -66,7 +85,7 @@ def rotate_head(
 
 
 @kernel
-def _rotate(
+def rotate_heads(
     source: Address,
     out: Address,
     cos: Address,
@@ -91,7 +110,7 @@ def _rotate(
 
 
 @kernel
-def _norm(
+def norm_rows(
     source: Address, weight: Address, out: Address, rows: int, size: int, epsilon: Number
 ) -> None:
     """weight * (x / sqrt(mean(x^2) + epsilon)), row by row."""
@@ -116,7 +135,7 @@ def _norm(
 
 
 @kernel
-def _gate(gate: Address, up: Address, out: Address, count: int) -> None:
+def gate_all(gate: Address, up: Address, out: Address, count: int) -> None:
     """up * gate / (1 + exp(-gate)), number by number."""
     f32 = np.float32(0)
     whole = count // LANES * LANES
@@ -135,21 +154,20 @@ def _gate(gate: Address, up: Address, out: Address, count: int) -> None:
 @cache
 def _compiled(name: str) -> Any:
     """One of the three, as ctypes calls it."""
-    # numba's disk cache looks at this file only; the digest stands for what it imports.
-    digest = hashlib.blake2b(b"".join(file.read_bytes() for file in sources())).hexdigest()
+    digest = sources()
 
     def rotation(q, k, to_q, to_k, cos, sin, tokens, q_heads, k_heads, dim, pairs, qt, qh, kt, kh):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _rotate(q, to_q, cos, sin, tokens, q_heads, dim, pairs, qt, qh)
-        _rotate(k, to_k, cos, sin, tokens, k_heads, dim, pairs, kt, kh)
+        rotate_heads(q, to_q, cos, sin, tokens, q_heads, dim, pairs, qt, qh)
+        rotate_heads(k, to_k, cos, sin, tokens, k_heads, dim, pairs, kt, kh)
 
     def norm(source, weight, out, rows, size, epsilon):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _norm(source, weight, out, rows, size, epsilon)
+        norm_rows(source, weight, out, rows, size, epsilon)
 
     def gating(gate, up, out, count):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _gate(gate, up, out, count)
+        gate_all(gate, up, out, count)
 
     if name == "silu_gate":
         return compile_native(types.void(*[types.int64] * 4), gating, name).ctypes

@@ -282,6 +282,21 @@ def atomic_add(_typing: Any, address: Any, amount: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+@_lowered
+def call_parallel(_typing: Any, parallel: Any, worker: Any, argument: Any, threads: Any) -> Any:
+    """Have `threads` threads call worker(argument), through OpenMP's entry at `parallel`."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, byte, _I32, _I32])
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        entry = builder.inttoptr(args[0], kind.as_pointer())
+        pointers = [builder.inttoptr(each, byte) for each in args[1:3]]
+        builder.call(entry, [*pointers, builder.trunc(args[3], _I32), _I32(0)])
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), codegen
+
+
 def stack(size: int) -> Any:
     """An intrinsic that gives the address of `size` bytes, the calling function's until it ends."""
 

@@ -1,0 +1,156 @@
+"""Decoder layers whose weights are packed, each done by two native calls around its attention.
+
+A layer is recognised as other substitutes are: it is tried on random numbers with a made-up
+attention, and replaced where the hidden states come out the same. The modules in it are then not
+called in steps of few tokens, so hooks on them see nothing; those on the layer itself do.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pagedkv.device.bridge import ATTENTION_NAME, paged_attention
+from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.packing import PackedLinear
+from pagedkv.device.substitutes import MOST, alike, epsilon_of, native, noise
+from pagedkv.errors import UnsupportedBackend
+
+__all__ = ["substitute_layers"]
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Made:
+    """An attention whose answer shows all that it was asked."""
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        others = 2 * key + 3 * value + layer_idx
+        return query * scaling + others.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+
+class _Native:
+    """A layer's parts, as they were when the model was loaded, and what native code makes of them.
+
+    Args:
+        layer: A decoder layer.
+        modules: Its norms of hidden states before and after attention, of heads of queries and of
+            keys (None for those that it lacks), and its seven linear layers.
+    """
+
+    def __init__(self, layer: Any, modules: list[Any]) -> None:
+        from pagedkv.device.cpu.layer import Layer, Norm, Weight
+
+        norms, weights = modules[:4], modules[4:]
+        self.attention = layer.self_attn
+        self.calls = Layer(
+            [None if n is None else Norm(n.weight.detach(), epsilon_of(n)) for n in norms],
+            [Weight(w.panels, w.out_features, w.bias) for w in weights],
+            self.attention.head_dim,
+        )
+        self._parents = layer, layer.self_attn, layer.mlp
+        self._modules = self._current()
+
+    def _current(self) -> list[nn.Module]:
+        return [child for parent in self._parents for child in parent._modules.values()]
+
+    def takes(self, hidden: Tensor, angles: Any) -> bool:
+        """Whether a step is for native code, and the modules are those that it knows."""
+        return (
+            native(hidden)
+            and hidden.shape[0] * hidden.shape[1] * self.calls.width <= MOST
+            and type(angles) is tuple
+            and all(x.is_contiguous() for x in (hidden, *angles))
+            and self._current() == self._modules
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor:
+        """What the layer computes, with the attention that comes along in `extra`."""
+        query, key, value = self.calls.before(hidden, *position_embeddings)
+        attended, _ = paged_attention(
+            self.attention, query, key, value, attention_mask, self.attention.scaling, **extra
+        )
+        return self.calls.after(hidden, attended.contiguous())
+
+
+def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
+    """Replace the layers that can be; the model's other parts have been already.
+
+    Raises:
+        UnsupportedBackend: The native code cannot be compiled here.
+
+    Cost: the products of each layer twice, for a few tokens.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            parts = _parts(module)
+            if parts is not None:
+                found = _Native(module, parts)
+                if _same(module, found, geometry):
+                    module.pagedkv_native = found
+                    module.forward = MethodType(_forward, module)
+
+
+def _parts(layer: nn.Module) -> list[Any] | None:
+    """Return the modules that `_Native` wants of a decoder layer; None if this is none."""
+    own = layer._modules
+    attention, feed_forward = own.get("self_attn"), own.get("mlp")
+    if attention is None or feed_forward is None:
+        return None
+    inner, outer = attention._modules, feed_forward._modules
+    norms = [*map(own.get, _NORMS), *map(inner.get, _HEAD_NORMS)]
+    weights = [*map(inner.get, _PROJECTIONS), *map(outer.get, _FEED_FORWARD)]
+    known = (
+        all(type(each) is PackedLinear for each in weights)
+        and None not in norms[:2]
+        and all(n is None or (epsilon_of(n) is not None and hasattr(n, "weight")) for n in norms)
+        and all(hasattr(attention, name) for name in ("head_dim", "layer_idx", "scaling"))
+    )
+    return [*norms, *weights] if known else None
+
+
+def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward of decoder layers that were replaced."""
+    found: _Native = self.pagedkv_native
+    usual = not args and kwargs.get("past_key_values") is None
+    if usual and found.takes(hidden_states, kwargs.get("position_embeddings")):
+        return found.forward(hidden_states, **kwargs)
+    out: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
+    return out
+
+
+def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
+    """Whether native code does for a layer what its own forward does."""
+    width = 2 * len(geometry.rope_frequencies[module.self_attn.layer_idx])
+    if not width:
+        return False
+    tokens = 3
+    hidden = noise(1, tokens, module.self_attn.q_proj.in_features)
+    asked = {
+        "position_embeddings": (noise(1, tokens, width), noise(1, tokens, width)),
+        "attention_mask": None,
+        "position_ids": torch.arange(tokens)[None],
+        "past_key_values": None,
+        "use_cache": False,
+        ATTENTION_NAME: _Made(),
+    }
+    try:
+        return alike(
+            lambda: (type(module).forward(module, hidden, **asked),),
+            lambda: (found.forward(hidden, **asked),),
+        )
+    except UnsupportedBackend:  # its attention wants more than ours does
+        return False
