@@ -1,10 +1,11 @@
 """Partial attentions, natively: queries turned for each, and the parts merged to a whole.
 
 A (query, run of blocks) pair is one row of a partial attention. Each of these is one call here and
-some ten in torch. fp32 only, on the calling thread.
+some ten in torch. fp32 only.
 """
 
 import math
+from ctypes import addressof, c_int64
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from pagedkv.core.arrays import Int64
 
+from .kernel import run
 from .native import compile_native, sources
 from .rowwise import copy, rotate_head
 from .simd import (
     LANES,
     Address,
     Number,
+    atomic_add,
     fma,
     get,
     kernel,
@@ -34,34 +37,35 @@ from .simd import (
 
 __all__ = ["Merge", "Turn", "get_ready"]
 
+_MANY = 1 << 14  # numbers; with fewer, waking threads costs more than they save
+
+
+# What `_turn` is told, as int64; strides are bytes.
+TOKEN, ROW, COS, SIN, PAIRS, NUM_ROWS = range(1, 7)
+QUERY, TURNED, NUM_HEADS, SIZE, QUERY_STRIDE, HEAD_STRIDE = range(7, 13)
+_TURN_FIELDS = 13
+# Both records begin with how many rows or queries were taken.
+NEXT = 0
+
 
 @kernel
-def _turn(
-    query: Address,
-    out: Address,
-    token: Address,
-    row: Address,
-    cos: Address,
-    sin: Address,
-    count: int,
-    heads: int,
-    dim: int,
-    pairs: int,
-    token_stride: int,
-    head_stride: int,
-) -> None:
-    """Each of `count` pairs' query, all heads; row 0 turns nothing. Strides are bytes."""
-    for i in range(count):
-        source = query + get(token, i) * token_stride
-        angles = get(row, i)
-        at = 4 * pairs * angles
+def _turn(params: Address) -> None:
+    """Rows off the shared counter: a pair's query, all heads; angles 0 turn nothing."""
+    heads, dim, pairs = get(params, NUM_HEADS), get(params, SIZE), get(params, PAIRS)
+    i = atomic_add(params + 8 * NEXT, 1)
+    while i < get(params, NUM_ROWS):
+        source = get(params, QUERY) + get(get(params, TOKEN), i) * get(params, QUERY_STRIDE)
+        out = get(params, TURNED) + 4 * dim * heads * i
+        angles = get(get(params, ROW), i)
+        cos, sin = get(params, COS) + 4 * pairs * angles, get(params, SIN) + 4 * pairs * angles
         rotated = 2 * pairs if angles != 0 else 0
         for _ in range(heads):
             if rotated:
-                rotate_head(source, out, cos + at, sin + at, pairs, 0)
+                rotate_head(source, out, cos, sin, pairs, 0)
             copy(source + 4 * rotated, out + 4 * rotated, dim - rotated)
-            source += head_stride
+            source += get(params, HEAD_STRIDE)
             out += 4 * dim
+        i = atomic_add(params + 8 * NEXT, 1)
 
 
 @kernel
@@ -90,8 +94,8 @@ def _scale(out: Address, factor: Number, dim: int) -> None:
 
 
 # What `_merge` is told, as int64: of the merge, then of each call's answer.
-BEGIN, ORDER, SPLIT, FIRST, COUNT, TOKENS, HEADS, DIM, WIDTH, OUT, LSE, ENTRIES = range(12)
-CALLS = 12
+BEGIN, ORDER, SPLIT, FIRST, COUNT, TOKENS, HEADS, DIM, WIDTH, OUT, LSE, ENTRIES = range(1, 13)
+CALLS = 13
 PART_OUT, PART_LSE, PART_ENTRIES, PART_WIDTH, PART_PAIRS = range(5)
 CALL_FIELDS = 5
 
@@ -154,29 +158,31 @@ def _gather_entries(params: Address, token: int, head: int) -> None:
 
 @kernel
 def _merge(params: Address) -> None:
-    for token in range(get(params, TOKENS)):
+    """Queries off the shared counter, all heads."""
+    token = atomic_add(params + 8 * NEXT, 1)
+    while token < get(params, TOKENS):
         for head in range(get(params, HEADS)):
             _merge_head(params, token, head)
             if get(params, ENTRIES) != 0:
                 _gather_entries(params, token, head)
+        token = atomic_add(params + 8 * NEXT, 1)
 
 
 @cache
-def _compiled(name: str) -> Any:
-    """One of the two, as ctypes calls it."""
+def _worker(name: str) -> Any:
+    """One of the two, compiled; the object must outlive its address."""
     digest = sources()
 
-    def turning(query, out, token, row, cos, sin, count, heads, dim, pairs, step, head_step):  # type: ignore[no-untyped-def]
+    def turning(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _turn(query, out, token, row, cos, sin, count, heads, dim, pairs, step, head_step)
+        _turn(params)
 
     def merging(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
         _merge(params)
 
-    if name == "turn":
-        return compile_native(types.void(*[types.int64] * 12), turning, name).ctypes
-    return compile_native(types.void(types.int64), merging, name).ctypes
+    function = turning if name == "turn" else merging
+    return compile_native(types.void(types.int64), function, name)
 
 
 def get_ready() -> None:
@@ -188,7 +194,12 @@ def get_ready() -> None:
     Cost: seconds, once per machine.
     """
     for name in ("turn", "merge"):
-        _compiled(name)
+        _worker(name)
+
+
+def _share(name: str, params: Any, numbers: int) -> None:
+    """Run one of the two; on several threads where the numbers are worth it."""
+    run(_worker(name), addressof(params), torch.get_num_threads() if numbers >= _MANY else 1)
 
 
 class Turn:
@@ -203,8 +214,9 @@ class Turn:
 
     def __init__(self, token: Int64, row: Int64, cos: Tensor, sin: Tensor) -> None:
         self._owned = token, row, cos, sin
-        self._addresses = token.ctypes.data, row.ctypes.data, cos.data_ptr(), sin.data_ptr()
-        self._count, self._pairs = len(token), cos.shape[1]
+        self._count = len(token)
+        owned = token.ctypes.data, row.ctypes.data, cos.data_ptr(), sin.data_ptr()
+        self._params = (c_int64 * _TURN_FIELDS)(0, *owned, cos.shape[1], len(token))
 
     def __call__(self, query: Tensor) -> Tensor:
         """Return the queries of the pairs, each turned by its own angles: fp32 [N, H, dim].
@@ -215,17 +227,9 @@ class Turn:
         _, heads, dim = query.shape
         step, head_step, _ = query.stride()
         out = torch.empty(self._count, heads, dim, dtype=torch.float32)
-        _compiled("turn")(
-            query.data_ptr(),
-            out.data_ptr(),
-            *self._addresses,
-            self._count,
-            heads,
-            dim,
-            self._pairs,
-            4 * step,
-            4 * head_step,
-        )
+        asked = query.data_ptr(), out.data_ptr(), heads, dim, 4 * step, 4 * head_step
+        self._params[NEXT], self._params[QUERY:] = 0, asked
+        _share("turn", self._params, out.numel())
         return out
 
 
@@ -249,10 +253,8 @@ class Merge:
         self._tokens, self._width = tokens, width
         self._pairs = (split, len(token) - split)
         self._owned = (begin, order, np.ascontiguousarray(first), np.ascontiguousarray(count))
-        self._params = np.zeros(CALLS + 2 * CALL_FIELDS, np.int64)
         at = [array.ctypes.data for array in self._owned]
-        self._params[: COUNT + 1] = (*at[:2], split, *at[2:])
-        self._address = self._params.ctypes.data
+        self._params = (c_int64 * (CALLS + 2 * CALL_FIELDS))(0, *at[:2], split, *at[2:])
 
     def __call__(
         self, answers: list[tuple[Tensor, Tensor, Tensor | None]]
@@ -279,6 +281,6 @@ class Merge:
             fields += (x.data_ptr() for x in both if x is not None)
             fields += (0, 0) if seen is None else (seen.data_ptr(), seen.shape[2])
             fields.append(pairs)
-        self._params[TOKENS : TOKENS + len(fields)] = fields
-        _compiled("merge")(self._address)
+        self._params[NEXT], self._params[TOKENS : TOKENS + len(fields)] = 0, fields
+        _share("merge", self._params, sum(self._pairs) * heads * dim)
         return out, lse, entries
