@@ -1,8 +1,8 @@
 """Decoder layers whose weights are packed, each done by two native calls around its attention.
 
 A layer is recognised as other substitutes are: it is tried on random numbers with a made-up
-attention, and replaced where the hidden states come out the same. The modules in it are then not
-called in steps of few tokens, so hooks on them see nothing; those on the layer itself do.
+attention, and replaced where the hidden states come out the same. In steps of few tokens its
+modules are then not called, unless somebody has put a hook on one.
 """
 
 from types import MethodType
@@ -50,24 +50,34 @@ class _Native:
         norms, weights = modules[:4], modules[4:]
         self.attention = layer.self_attn
         self.calls = Layer(
-            [None if n is None else Norm(n.weight.detach(), epsilon_of(n)) for n in norms],
+            [None if n is None else Norm(n.weight.detach(), epsilon_of(n) or 0.0) for n in norms],
             [Weight(w.panels, w.out_features, w.bias) for w in weights],
             self.attention.head_dim,
         )
         self._parents = layer, layer.self_attn, layer.mlp
         self._modules = self._current()
+        tensors = [n.weight for n in norms if n is not None]
+        tensors += [w.bias for w in weights if w.bias is not None]
+        self._places = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def __reduce__(self) -> Any:
+        """A copy of the layer calls its modules: its tensors lie elsewhere."""
+        return type(None), ()
 
     def _current(self) -> list[nn.Module]:
         return [child for parent in self._parents for child in parent._modules.values()]
 
     def takes(self, hidden: Tensor, angles: Any) -> bool:
-        """Whether a step is for native code, and the modules are those that it knows."""
+        """Whether a step is for native code, and the layer is still what was loaded."""
         return (
             native(hidden)
             and hidden.shape[0] * hidden.shape[1] * self.calls.width <= MOST
             and type(angles) is tuple
+            and angles[0].shape[2] <= self.attention.head_dim
             and all(x.is_contiguous() for x in (hidden, *angles))
             and self._current() == self._modules
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+            and all(tensor.data_ptr() == place for tensor, place in self._places)
         )
 
     def forward(
@@ -94,14 +104,21 @@ def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
 
     Cost: the products of each layer twice, for a few tokens.
     """
-    with torch.no_grad():
-        for module in model.modules():
-            parts = _parts(module)
-            if parts is not None:
-                found = _Native(module, parts)
-                if _same(module, found, geometry):
-                    module.pagedkv_native = found
-                    module.forward = MethodType(_forward, module)
+    for module in model.modules():
+        parts = _parts(module)
+        if parts is None or not _has_threads():
+            continue
+        found = _Native(module, parts)
+        if _same(module, found, geometry):
+            module.pagedkv_native = found
+            module.forward = MethodType(_forward, module)
+
+
+def _has_threads() -> bool:
+    """Whether native code can start as many threads as torch does."""
+    from pagedkv.device.cpu.kernel import parallel_address
+
+    return torch.get_num_threads() == 1 or bool(parallel_address())
 
 
 def _parts(layer: nn.Module) -> list[Any] | None:
@@ -124,9 +141,13 @@ def _parts(layer: nn.Module) -> list[Any] | None:
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of decoder layers that were replaced."""
-    found: _Native = self.pagedkv_native
+    found: _Native | None = self.pagedkv_native
     usual = not args and kwargs.get("past_key_values") is None
-    if usual and found.takes(hidden_states, kwargs.get("position_embeddings")):
+    if (
+        found is not None
+        and usual
+        and found.takes(hidden_states, kwargs.get("position_embeddings"))
+    ):
         return found.forward(hidden_states, **kwargs)
     out: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
     return out
@@ -139,7 +160,7 @@ def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
         return False
     tokens = 3
     hidden = noise(1, tokens, module.self_attn.q_proj.in_features)
-    asked = {
+    asked: dict[str, Any] = {
         "position_embeddings": (noise(1, tokens, width), noise(1, tokens, width)),
         "attention_mask": None,
         "position_ids": torch.arange(tokens)[None],
@@ -148,9 +169,10 @@ def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
         ATTENTION_NAME: _Made(),
     }
     try:
-        return alike(
-            lambda: (type(module).forward(module, hidden, **asked),),
-            lambda: (found.forward(hidden, **asked),),
-        )
+        with torch.no_grad():
+            return alike(
+                lambda: (type(module).forward(module, hidden, **asked),),
+                lambda: (found.forward(hidden, **asked),),
+            )
     except UnsupportedBackend:  # its attention wants more than ours does
         return False

@@ -233,18 +233,22 @@ def paged_attention(
         [T, Hq, D] in the query's dtype.
 
     Raises:
-        ValueError: xformers' own, saying which input the operator does not take and why.
+        ValueError: A cache is not contiguous; or xformers' own, saying which input the operator
+            does not take and why.
     """
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise ValueError("a cache of keys or values is not contiguous: call .contiguous()")
     tokens, heads, dim = query.shape
     blocks, size, kv_heads, row = key_cache.shape
     group = heads // kv_heads
-    whole = (1, blocks * size, kv_heads, 1, row)
+    # As `view` and `expand` would, in one step: a decode step does this for every layer.
     wide = (1, blocks * size, kv_heads, group, row)
+    steps = (0, kv_heads * row, row, 0, 1)
     asked = query.to(op.asked_in(query.dtype, key_cache.dtype))
     out: torch.Tensor = ops.memory_efficient_attention_forward(
         asked.reshape(1, tokens, kv_heads, group, dim),
-        key_cache.view(whole).expand(wide),
-        value_cache.view(whole).expand(wide),
+        key_cache.as_strided(wide, steps),
+        value_cache.as_strided(wide, steps),
         attn_bias=bias,
         scale=scale,
         op=op,

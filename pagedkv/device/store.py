@@ -1,5 +1,6 @@
 """Where keys and values live: one allocation of fixed-size blocks for all layers."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -130,6 +131,7 @@ class KVStore:
             words,
         )
         self._pack = _PACK.get(dtype)
+        self._put = _put_natively() if here and dtype == torch.float32 else None
         make = memory.empty if here else partial(_on_device, device)
         self.keys, self.values = (make(shape, kind) for _ in range(2))
         self._host = [(pool, HostBlocks(pool, num_cpu_blocks)) for pool in (self.keys, self.values)]
@@ -165,6 +167,10 @@ class KVStore:
             key: [T, heads_per_group, head_dim]; any strides.
             value: The same shape.
         """
+        plain = key.dtype == torch.float32 and key.stride(2) == value.stride(2) == 1
+        if self._put is not None and plain:
+            self._put(key, value, *self._rows[slot_layer], slots)
+            return
         for layer, fresh in zip(self._rows[slot_layer], (key, value), strict=True):
             rows = self._pack(fresh) if self._pack else fresh.to(layer.dtype)
             layer.index_copy_(0, slots, rows.flatten(1))
@@ -201,6 +207,15 @@ class KVStore:
         """Copy whole blocks in every layer; int64 [C] each, no block on both sides."""
         for pool in (self.keys, self.values):
             pool.index_copy_(1, targets, pool.index_select(1, sources))
+
+
+def _put_natively() -> Callable[..., None] | None:
+    """Return what stores fp32 vectors on the CPU in one call; None without numba."""
+    try:
+        from pagedkv.device.cpu.rowwise import put_rows
+    except ImportError:
+        return None
+    return put_rows
 
 
 def _on_device(device: torch.device, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:

@@ -38,7 +38,7 @@ def rotation(theirs: _Rotation) -> _Rotation:
     from pagedkv.device.cpu.rowwise import rotate
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        whole = cos.is_contiguous() and sin.is_contiguous()
+        whole = cos.is_contiguous() and sin.is_contiguous() and cos.shape[2] <= q.shape[3]
         if whole and native(q) and q.stride(3) == k.stride(3) == 1:
             return rotate(q, k, cos, sin)
         return theirs(q, k, cos, sin)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import binding  # type: ignore[import-untyped]
 from numba import types
 
@@ -266,18 +265,18 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="pagedkv-attention")
 
 
-def launch(kind: str, params: npt.NDArray[np.int64], threads: int) -> None:
-    """Run the call that `params` describes and wait for it.
+def launch(kind: str, address: int, threads: int) -> None:
+    """Run the call that a record of parameters describes and wait for it.
 
     Args:
         kind: How keys and values are stored, one of `KINDS`.
-        params: int64[NUM_PARAMS], the fields of `layout`; NEXT and THREAD are changed.
+        address: Of int64 [NUM_PARAMS], the fields of `layout`; NEXT and THREAD are changed.
         threads: How many threads may work, the calling one included.
 
     Raises:
         UnsupportedBackend: The kernel cannot be compiled here. Nothing was written.
     """
-    run(_worker(kind), params.ctypes.data, min(threads, int(params[NUM_ITEMS])))
+    run(_worker(kind), address, threads)
 
 
 def run(worker: Any, address: int, threads: int) -> None:

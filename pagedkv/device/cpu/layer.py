@@ -229,11 +229,14 @@ class Layer:
             None if these are not normed.
         weights: Of queries, keys, values, outputs, gates, ups and downs.
         head_dim: Of all heads.
+
+    Their tensors must stay where they are.
     """
 
     def __init__(self, norms: list[Norm | None], weights: list[Weight], head_dim: int) -> None:
         get_ready()
-        self._owned = norms, weights, head_dim
+        self._owned = norms, weights
+        self._dim = head_dim
         fields: list[int] = []
         for norm in norms:
             bits = int(np.float32(0 if norm is None else norm.epsilon).view(np.int32))
@@ -253,10 +256,6 @@ class Layer:
         # What was attended comes there, and each of the products that follow.
         self.width = max(*widths[3:], weights[0].outputs)
 
-    def __reduce__(self) -> Any:
-        """A copy has addresses of its own."""
-        return Layer, self._owned
-
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values: [1, heads, T, dim] each, token after token in memory.
 
@@ -265,7 +264,7 @@ class Layer:
             cos: fp32 [1, T, 2 * pairs], contiguous.
             sin: The same shape.
         """
-        tokens, dim = hidden.shape[1], self._owned[2]
+        tokens, dim = hidden.shape[1], self._dim
         rows = -(-tokens // HEIGHT) * HEIGHT
         normed = torch.empty(rows * self._hidden, dtype=torch.float32)
         made = [torch.empty(rows * width, dtype=torch.float32) for width, _ in self._heads]

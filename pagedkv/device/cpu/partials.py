@@ -227,8 +227,15 @@ class Turn:
         _, heads, dim = query.shape
         step, head_step, _ = query.stride()
         out = torch.empty(self._count, heads, dim, dtype=torch.float32)
-        asked = query.data_ptr(), out.data_ptr(), heads, dim, 4 * step, 4 * head_step
-        self._params[NEXT], self._params[QUERY:] = 0, asked
+        self._params[NEXT] = 0
+        self._params[QUERY:] = [
+            query.data_ptr(),
+            out.data_ptr(),
+            heads,
+            dim,
+            4 * step,
+            4 * head_step,
+        ]
         _share("turn", self._params, out.numel())
         return out
 
@@ -274,13 +281,14 @@ class Merge:
         lse = torch.empty(heads, tokens, dtype=torch.float32)
         wanted = answers[0][2] is not None
         entries = torch.empty(tokens, heads, width, dtype=torch.float32) if wanted else None
-        fields = [tokens, heads, dim, width, out.data_ptr(), lse.data_ptr()]
+        fields: list[c_int64 | int] = [tokens, heads, dim, width, out.data_ptr(), lse.data_ptr()]
         fields.append(0 if entries is None else entries.data_ptr())
         whole = [[None if x is None else x.contiguous() for x in answer] for answer in answers]
         for (*both, seen), pairs in zip(whole, self._pairs, strict=False):
             fields += (x.data_ptr() for x in both if x is not None)
             fields += (0, 0) if seen is None else (seen.data_ptr(), seen.shape[2])
             fields.append(pairs)
-        self._params[NEXT], self._params[TOKENS : TOKENS + len(fields)] = 0, fields
+        self._params[NEXT] = 0
+        self._params[TOKENS : TOKENS + len(fields)] = fields
         _share("merge", self._params, sum(self._pairs) * heads * dim)
         return out, lse, entries

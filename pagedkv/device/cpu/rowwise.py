@@ -21,6 +21,7 @@ from .simd import (
     add,
     div,
     fma,
+    get,
     kernel,
     load,
     maximum,
@@ -39,6 +40,7 @@ __all__ = [
     "gate_all",
     "get_ready",
     "norm_rows",
+    "put_rows",
     "rms_norm",
     "rotate",
     "rotate_head",
@@ -151,9 +153,31 @@ def gate_all(gate: Address, up: Address, out: Address, count: int) -> None:
         put(out + at, rest / below_one * scalar(f32, up + at))
 
 
+@kernel
+def _put_rows(
+    source: Address,
+    token_stride: int,
+    head_stride: int,
+    to: Address,
+    slots: Address,
+    shape: tuple[int, int, int, int],
+) -> int:
+    """Copy every token's heads to its slot; how many had one. Strides are bytes."""
+    tokens, heads, dim, num_slots = shape
+    put_there = 0
+    for token in range(tokens):
+        slot = get(slots, token)
+        if 0 <= slot < num_slots:
+            for head in range(heads):
+                at = source + token * token_stride + head * head_stride
+                copy(at, to + 4 * dim * (slot * heads + head), dim)
+            put_there += 1
+    return put_there
+
+
 @cache
 def _compiled(name: str) -> Any:
-    """One of the three, as ctypes calls it."""
+    """One of the four, as ctypes calls it."""
     digest = sources()
 
     def rotation(q, k, to_q, to_k, cos, sin, tokens, q_heads, k_heads, dim, pairs, qt, qh, kt, kh):  # type: ignore[no-untyped-def]
@@ -169,6 +193,14 @@ def _compiled(name: str) -> Any:
         digest  # noqa: B018  part of the cache key
         gate_all(gate, up, out, count)
 
+    def putting(k, kt, kh, v, vt, vh, to_k, to_v, slots, tokens, heads, dim, num_slots):  # type: ignore[no-untyped-def]
+        digest  # noqa: B018  part of the cache key
+        shape = (tokens, heads, dim, num_slots)
+        first = _put_rows(k, kt, kh, to_k, slots, shape)
+        return first + _put_rows(v, vt, vh, to_v, slots, shape)
+
+    if name == "put_rows":
+        return compile_native(types.int64(*[types.int64] * 13), putting, name).ctypes
     if name == "silu_gate":
         return compile_native(types.void(*[types.int64] * 4), gating, name).ctypes
     if name == "rotate":
@@ -178,14 +210,14 @@ def _compiled(name: str) -> Any:
 
 
 def get_ready() -> None:
-    """Compile all three, or load them from disk.
+    """Compile all four, or load them from disk.
 
     Raises:
         UnsupportedBackend: They cannot be compiled here.
 
     Cost: a second, once per machine.
     """
-    for name in ("rotate", "rms_norm", "silu_gate"):
+    for name in ("rotate", "rms_norm", "silu_gate", "put_rows"):
         _compiled(name)
 
 
@@ -242,3 +274,37 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     _compiled("silu_gate")(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out
+
+
+def put_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Copy the vectors of T tokens to their slots.
+
+    Args:
+        key: fp32 [T, heads, dim]; any strides but the last, which is 1.
+        value: The same shape.
+        keys: fp32 [S, heads * dim], contiguous.
+        values: The same shape.
+        slots: int64 [T], contiguous.
+
+    Raises:
+        IndexError: A slot is not one of the S. The others are written.
+    """
+    tokens, heads, dim = key.shape
+    (kt, kh, _), (vt, vh, _) = key.stride(), value.stride()
+    found = _compiled("put_rows")(
+        key.data_ptr(),
+        4 * kt,
+        4 * kh,
+        value.data_ptr(),
+        4 * vt,
+        4 * vh,
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        tokens,
+        heads,
+        dim,
+        len(keys),
+    )
+    if found != 2 * tokens:
+        raise IndexError(f"slots of {tokens} tokens lead outside the pool of {len(keys)}")

@@ -1,0 +1,237 @@
+"""Packed layers in two native calls: the bits that their modules compute, or none at all."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
+from transformers.activations import ACT2FN
+
+from pagedkv import LLM, SamplingParams
+from pagedkv.device.bridge import ATTENTION_NAME, register
+from pagedkv.device.cpu import kernel, partials
+from pagedkv.device.cpu.rowwise import put_rows
+from pagedkv.device.layers import _Made
+from pagedkv.device.models import _examined, load_model
+from pagedkv.device.packing import pack_weights
+
+ARCHITECTURES = ("tiny-random", "tiny-random-qwen2", "tiny-random-qwen3", "tiny-random-mistral")
+PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def odd(kind=LlamaConfig, **fields):
+    """A model with biases and sizes that are no whole panels; weights are noise."""
+    config = kind(
+        hidden_size=80,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+        attention_bias=True,
+        mlp_bias=True,
+        **fields,
+    )
+    register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    model.eval().requires_grad_(False)
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.copy_(noise(*parameter.shape, seed=seed) / 8)
+    return model
+
+
+def packed(model):
+    """Its layers, packed, with whatever native code takes over."""
+    pack_weights(model, "all", "odd")
+    return _examined(model, None, "odd").model.model.layers
+
+
+def layers_of(name):
+    return (
+        packed(odd()) if name == "odd" else load_model(name, pack_weights="all").model.model.layers
+    )
+
+
+def asked(layer, tokens, seed=0):
+    attention = layer.self_attn
+    hidden = noise(1, tokens, attention.q_proj.in_features, seed=seed)
+    angles = noise(1, tokens, attention.head_dim, seed=1), noise(1, tokens, attention.head_dim)
+    return hidden, {"position_embeddings": angles, ATTENTION_NAME: _Made()}
+
+
+def by_modules(layer, hidden, extra):
+    return type(layer).forward(layer, hidden, **extra)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "odd"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 13])
+def test_a_layer_gives_the_bits_that_its_modules_give(name, tokens):
+    for layer in layers_of(name):
+        assert "forward" in vars(layer)
+        hidden, extra = asked(layer, tokens)
+        expected = by_modules(layer, hidden, extra)
+        assert torch.equal(layer(hidden, **extra), expected)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    layer = layers_of("odd")[0]
+    hidden, extra = asked(layer, 13)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(layer(hidden, **extra))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_served_model_computes_the_same_logits_with_and_without():
+    def logits(native):
+        loaded = load_model("tiny-random", pack_weights="all")
+        for layer in () if native else loaded.model.model.layers:
+            del layer.forward
+        llm = LLM(loaded, block_size=8, num_blocks=64)
+        forward, kept = llm.engine.executor.forward, []
+
+        def keep(plan):
+            drawn, observed = forward(plan)
+            kept.append(drawn.clone())
+            return drawn, observed
+
+        llm.engine.executor.forward = keep
+        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        return kept
+
+    assert all(map(torch.equal, logits(True), logits(False)))
+
+
+@pytest.mark.parametrize("change", ["gate", "residual", "norm"])
+def test_a_layer_that_computes_something_else_is_left_alone(change):
+    if change == "residual":
+        model = odd(GraniteConfig, residual_multiplier=0.5)
+    else:
+        model = odd()
+        for layer in model.model.layers:
+            if change == "gate":
+                layer.mlp.act_fn = ACT2FN["gelu"]
+            else:
+                layer.post_attention_layernorm = nn.LayerNorm(80).requires_grad_(False)
+    assert not any("forward" in vars(layer) for layer in packed(model))
+
+
+def test_weights_that_are_not_packed_leave_a_layer_alone():
+    loaded = load_model("tiny-random", pack_weights="lm_head")
+    assert not any("forward" in vars(layer) for layer in loaded.model.model.layers)
+
+
+def test_without_openmp_modules_do_it_on_all_threads(monkeypatch):
+    monkeypatch.setattr(kernel, "parallel_address", lambda: 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not any("forward" in vars(layer) for layer in packed(odd()))
+
+
+def test_a_module_that_is_exchanged_later_is_called():
+    class Twice(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    layer = layers_of("tiny-random")[0]
+    hidden, extra = asked(layer, 5)
+    before = layer(hidden, **extra)
+    layer.self_attn.o_proj = Twice(layer.self_attn.o_proj)
+    after = layer(hidden, **extra)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, by_modules(layer, hidden, extra))
+
+
+def test_hooks_are_called():
+    layer = layers_of("tiny-random")[0]
+    hidden, extra = asked(layer, 5)
+    expected, seen = layer(hidden, **extra), []
+    handle = layer.mlp.up_proj.register_forward_hook(lambda *call: seen.append(call))
+    assert torch.equal(layer(hidden, **extra), expected)
+    handle.remove()
+    assert torch.equal(layer(hidden, **extra), expected)
+    assert len(seen) == 1
+
+
+def test_weights_that_are_moved_later_are_read_where_they_are():
+    layer = layers_of("odd")[0]
+    hidden, extra = asked(layer, 5)
+    before = layer(hidden, **extra)
+    norm, bias = layer.input_layernorm.weight, layer.self_attn.v_proj.bias
+    norm.data = 2 * norm.data
+    scaled = layer(hidden, **extra)
+    bias.data = 2 * bias.data
+    moved = layer(hidden, **extra)
+    assert not torch.allclose(before, scaled)
+    assert not torch.allclose(scaled, moved)
+    assert torch.equal(moved, by_modules(layer, hidden, extra))
+
+
+def test_a_copy_has_weights_of_its_own():
+    layer = layers_of("odd")[0]
+    hidden, extra = asked(layer, 5)
+    expected = layer(hidden, **extra)
+    other = copy.deepcopy(layer)
+    layer.input_layernorm.weight.zero_()
+    layer.self_attn.v_proj.bias.zero_()
+    del layer
+    gc.collect()
+    assert torch.equal(other(hidden, **extra), expected)
+    other.input_layernorm.weight.mul_(2)
+    changed = other(hidden, **extra)
+    assert not torch.allclose(changed, expected)
+    assert torch.equal(changed, by_modules(other, hidden, extra))
+
+
+@pytest.mark.parametrize("many", [0, 1 << 40])
+def test_rows_are_turned_and_merged_alike_on_one_thread_and_on_several(monkeypatch, many):
+    monkeypatch.setattr(partials, "_MANY", many)
+    token, row = torch.arange(30).numpy() % 10, torch.arange(30).numpy() % 3
+    turn = partials.Turn(token, row, noise(3, 4), noise(3, 4, seed=1))
+    query = noise(10, 6, 20)
+    rows = turn(query)
+    assert torch.equal(rows[row == 0], query[token[row == 0]])
+    split = rows.view(30, 6, 20)
+    merge = partials.Merge(token, token * 0, token * 0 + 2, 30, 10, 5)
+    out, lse, entries = merge([(split, noise(6, 30), noise(30, 6, 2, seed=2))])
+    weights = noise(6, 30).view(6, 3, 10).softmax(1)
+    expected = torch.einsum("hrt,rthd->thd", weights, split.view(3, 10, 6, 20))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, noise(6, 30).view(6, 3, 10).logsumexp(1))
+    assert torch.equal(entries[..., :2], noise(30, 6, 2, seed=2)[20:])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_vectors_are_put_where_index_copy_puts_them(tokens):
+    key, value = noise(3, tokens, 20).transpose(0, 1), noise(tokens, 3, 20, seed=1)
+    slots = torch.randperm(16, generator=torch.Generator().manual_seed(0))[:tokens]
+    pools = [torch.zeros(16, 60) for _ in range(4)]
+    put_rows(key, value, *pools[:2], slots)
+    for pool, fresh in zip(pools[2:], (key, value), strict=True):
+        pool.index_copy_(0, slots, fresh.flatten(1))
+    assert torch.equal(pools[0], pools[2])
+    assert torch.equal(pools[1], pools[3])
+
+
+@pytest.mark.parametrize("slot", [-1, 16])
+def test_a_slot_outside_the_pool_is_an_error_and_not_written(slot):
+    pools, vector = torch.zeros(2, 18, 60), noise(1, 3, 20)
+    with pytest.raises(IndexError, match="outside the pool of 16"):
+        put_rows(vector, vector, pools[0][1:17], pools[1][1:17], torch.tensor([slot]))
+    assert not pools.any()
