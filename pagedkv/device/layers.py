@@ -1,4 +1,4 @@
-"""Decoder layers whose weights are packed, each done by two native calls around its attention.
+"""Decoder layers whose products are native, each done by two calls around its attention.
 
 A layer is recognised as other substitutes are: it is tried on random numbers with a made-up
 attention, and replaced where the hidden states come out the same. In steps of few tokens its
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pagedkv.device.bridge import ATTENTION_NAME, paged_attention
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.packing import PackedLinear
-from pagedkv.device.substitutes import MOST, alike, epsilon_of, native, noise
+from pagedkv.device.substitutes import MOST, alike, epsilon_of, linear, native, noise
 from pagedkv.errors import UnsupportedBackend
 
 __all__ = ["substitute_layers"]
@@ -46,18 +46,25 @@ class _Native:
 
     def __init__(self, layer: Any, modules: list[Any]) -> None:
         from pagedkv.device.cpu.layer import Layer, Norm, Weight
+        from pagedkv.device.cpu.linear import MOST_PLAIN_ROWS
 
         norms, weights = modules[:4], modules[4:]
         self.attention = layer.self_attn
         self.calls = Layer(
             [None if n is None else Norm(n.weight.detach(), epsilon_of(n) or 0.0) for n in norms],
-            [Weight(w.panels, w.out_features, w.bias) for w in weights],
+            [
+                Weight(w.panels if _is_packed(w) else w.weight.detach(), w.out_features, w.bias)
+                for w in weights
+            ],
             self.attention.head_dim,
         )
         self._parents = layer, layer.self_attn, layer.mlp
         self._modules = self._current()
         tensors = [n.weight for n in norms if n is not None]
         tensors += [w.bias for w in weights if w.bias is not None]
+        plain = [w.weight for w in weights if not _is_packed(w)]
+        self._most = MOST_PLAIN_ROWS if plain else MOST
+        tensors += plain
         self._places = [(tensor, tensor.data_ptr()) for tensor in tensors]
 
     def __reduce__(self) -> Any:
@@ -71,7 +78,7 @@ class _Native:
         """Whether a step is for native code, and the layer is still what was loaded."""
         return (
             native(hidden)
-            and hidden.shape[0] * hidden.shape[1] * self.calls.width <= MOST
+            and hidden.shape[0] * hidden.shape[1] <= min(self._most, MOST // self.calls.width)
             and type(angles) is tuple
             and angles[0].shape[2] <= self.attention.head_dim
             and all(x.is_contiguous() for x in (hidden, *angles))
@@ -131,12 +138,26 @@ def _parts(layer: nn.Module) -> list[Any] | None:
     norms = [*map(own.get, _NORMS), *map(inner.get, _HEAD_NORMS)]
     weights = [*map(inner.get, _PROJECTIONS), *map(outer.get, _FEED_FORWARD)]
     known = (
-        all(type(each) is PackedLinear for each in weights)
+        all(_is_packed(each) or _is_plain(each) for each in weights)
         and None not in norms[:2]
         and all(n is None or (epsilon_of(n) is not None and hasattr(n, "weight")) for n in norms)
         and all(hasattr(attention, name) for name in ("head_dim", "layer_idx", "scaling"))
     )
     return [*norms, *weights] if known else None
+
+
+def _is_packed(module: Any) -> bool:
+    return type(module) is PackedLinear
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a linear layer's products are native, its weight as it is."""
+    if type(module) is not nn.Linear:
+        return False
+    from pagedkv.device.cpu.linear import multiplies_plain
+
+    replaced = getattr(vars(module).get("forward"), "__func__", None) is linear
+    return replaced and multiplies_plain(module.weight)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

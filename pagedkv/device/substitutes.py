@@ -4,7 +4,8 @@ Between its matrix products a model asks torch for many small operations. In a d
 costs more in calls than in arithmetic. Three kinds of them are done natively on the CPU in fp32:
 RMS norms, the rotation of queries and keys, and the gates of feed-forward layers. All are
 recognised by what they compute, on random numbers, and only then replaced, in this model and no
-other; whatever differs stays as it is.
+other; whatever differs stays as it is. So are the products of linear layers with few rows, where
+ours are the faster ones.
 """
 
 import copy
@@ -28,9 +29,15 @@ MOST = 1 << 18
 _Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def native(x: Tensor) -> bool:
+def native(x: Tensor, most: int = MOST) -> bool:
     """Whether native code is for this tensor; a model may be moved after it was loaded."""
-    return type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() <= MOST
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.numel() <= most
+        and not x.requires_grad
+    )
 
 
 def rotation(theirs: _Rotation) -> _Rotation:
@@ -70,6 +77,21 @@ def gated(self: Any, x: Tensor) -> Tensor:
     return out
 
 
+def linear(self: Any, x: Tensor) -> Tensor:
+    """Forward of linear layers, their weights as they are."""
+    from pagedkv.device.cpu.linear import MOST_PLAIN_ROWS, multiplies_plain, multiply
+
+    weight, bias = self._parameters["weight"], self._parameters["bias"]
+    inputs = weight.shape[1]
+    known = native(x, MOST_PLAIN_ROWS * inputs) and x.shape[-1] == inputs and x.numel()
+    if not (known and multiplies_plain(weight)):
+        return nn.functional.linear(x, weight, bias)
+    out = multiply(x.reshape(-1, inputs), weight, len(weight))
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def substitute(model: Any, geometry: ModelGeometry) -> None:
     """Replace what can be; does nothing but for fp32 on the CPU.
 
@@ -82,10 +104,15 @@ def substitute(model: Any, geometry: ModelGeometry) -> None:
         from pagedkv.device.cpu import rowwise
     except ImportError:  # without numba the model can be looked at, and not served
         return
+    from pagedkv.device.cpu import linear as products
+
     rowwise.get_ready()
+    products.get_ready()
     with torch.no_grad():
         for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module) is nn.Linear and products.MOST_PLAIN_ROWS:
+                module.forward = MethodType(linear, module)  # type: ignore[method-assign]
+            elif type(module).__name__.endswith("RMSNorm"):
                 _replace_norm(module)
             elif all(hasattr(module, name) for name in _GATED):
                 _replace_gate(module)

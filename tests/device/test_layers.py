@@ -1,4 +1,4 @@
-"""Packed layers in two native calls: the bits that their modules compute, or none at all."""
+"""Layers in two native calls: the bits that their modules compute, or none at all."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from pagedkv import LLM, SamplingParams
 from pagedkv.device.bridge import ATTENTION_NAME, register
-from pagedkv.device.cpu import kernel, partials
+from pagedkv.device.cpu import kernel, linear, partials
 from pagedkv.device.cpu.rowwise import put_rows
 from pagedkv.device.layers import _Made
 from pagedkv.device.models import _examined, load_model
@@ -25,11 +25,11 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def odd(kind=LlamaConfig, **fields):
+def odd(kind=LlamaConfig, intermediate_size=100, **fields):
     """A model with biases and sizes that are no whole panels; weights are noise."""
     config = kind(
         hidden_size=80,
-        intermediate_size=100,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=5,
         num_key_value_heads=1,
@@ -47,16 +47,24 @@ def odd(kind=LlamaConfig, **fields):
     return model
 
 
-def packed(model):
-    """Its layers, packed, with whatever native code takes over."""
-    pack_weights(model, "all", "odd")
+def examined(model, weights="packed"):
+    """Its layers, with whatever native code takes over."""
+    if weights == "packed":
+        pack_weights(model, "all", "odd")
     return _examined(model, None, "odd").model.model.layers
 
 
-def layers_of(name):
-    return (
-        packed(odd()) if name == "odd" else load_model(name, pack_weights="all").model.model.layers
-    )
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """Have plain weights multiplied natively whatever the processor."""
+    monkeypatch.setattr(linear, "MOST_PLAIN_ROWS", 128)
+
+
+def layers_of(name, weights="packed"):
+    if name == "odd":  # plain weights are taken by whole vectors of inputs
+        return examined(odd(intermediate_size=100 if weights == "packed" else 112), weights)
+    which = {"packed": "all", "plain": "none"}[weights]
+    return load_model(name, pack_weights=which).model.model.layers
 
 
 def asked(layer, tokens, seed=0):
@@ -71,17 +79,19 @@ def by_modules(layer, hidden, extra):
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "odd"])
-@pytest.mark.parametrize("tokens", [1, 2, 8, 13])
-def test_a_layer_gives_the_bits_that_its_modules_give(name, tokens):
-    for layer in layers_of(name):
+@pytest.mark.parametrize("weights", ["packed", "plain"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 13, 129])
+def test_a_layer_gives_the_bits_that_its_modules_give(name, weights, tokens):
+    for layer in layers_of(name, weights):
         assert "forward" in vars(layer)
         hidden, extra = asked(layer, tokens)
         expected = by_modules(layer, hidden, extra)
         assert torch.equal(layer(hidden, **extra), expected)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    layer = layers_of("odd")[0]
+@pytest.mark.parametrize("weights", ["packed", "plain"])
+def test_any_number_of_threads_gives_the_same_bits(weights):
+    layer = layers_of("odd", weights)[0]
     hidden, extra = asked(layer, 13)
     before = torch.get_num_threads()
     found = []
@@ -95,9 +105,10 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert torch.equal(found[0], found[2])
 
 
-def test_a_served_model_computes_the_same_logits_with_and_without():
+@pytest.mark.parametrize("which", ["all", "lm_head", "none"])
+def test_a_served_model_computes_the_same_logits_with_and_without(which):
     def logits(native):
-        loaded = load_model("tiny-random", pack_weights="all")
+        loaded = load_model("tiny-random", pack_weights=which)
         for layer in () if native else loaded.model.model.layers:
             del layer.forward
         llm = LLM(loaded, block_size=8, num_blocks=64)
@@ -126,18 +137,19 @@ def test_a_layer_that_computes_something_else_is_left_alone(change):
                 layer.mlp.act_fn = ACT2FN["gelu"]
             else:
                 layer.post_attention_layernorm = nn.LayerNorm(80).requires_grad_(False)
-    assert not any("forward" in vars(layer) for layer in packed(model))
+    assert not any("forward" in vars(layer) for layer in examined(model))
 
 
-def test_weights_that_are_not_packed_leave_a_layer_alone():
-    loaded = load_model("tiny-random", pack_weights="lm_head")
-    assert not any("forward" in vars(layer) for layer in loaded.model.model.layers)
+def test_where_torch_multiplies_a_layer_is_left_alone(monkeypatch):
+    assert not any("forward" in vars(layer) for layer in examined(odd(), "plain"))
+    monkeypatch.setattr(linear, "MOST_PLAIN_ROWS", 0)
+    assert not any("forward" in vars(layer) for layer in layers_of("tiny-random", "plain"))
 
 
 def test_without_openmp_modules_do_it_on_all_threads(monkeypatch):
     monkeypatch.setattr(kernel, "parallel_address", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not any("forward" in vars(layer) for layer in packed(odd()))
+    assert not any("forward" in vars(layer) for layer in examined(odd()))
 
 
 def test_a_module_that_is_exchanged_later_is_called():
@@ -169,8 +181,9 @@ def test_hooks_are_called():
     assert len(seen) == 1
 
 
-def test_weights_that_are_moved_later_are_read_where_they_are():
-    layer = layers_of("odd")[0]
+@pytest.mark.parametrize("weights", ["packed", "plain"])
+def test_weights_that_are_moved_later_are_read_where_they_are(weights):
+    layer = layers_of("odd", weights)[0]
     hidden, extra = asked(layer, 5)
     before = layer(hidden, **extra)
     norm, bias = layer.input_layernorm.weight, layer.self_attn.v_proj.bias
@@ -181,6 +194,12 @@ def test_weights_that_are_moved_later_are_read_where_they_are():
     assert not torch.allclose(before, scaled)
     assert not torch.allclose(scaled, moved)
     assert torch.equal(moved, by_modules(layer, hidden, extra))
+    if weights == "plain":
+        weight = layer.mlp.up_proj.weight
+        weight.data = -weight.data
+        turned = layer(hidden, **extra)
+        assert not torch.allclose(turned, moved)
+        assert torch.equal(turned, by_modules(layer, hidden, extra))
 
 
 def test_a_copy_has_weights_of_its_own():

@@ -9,8 +9,9 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as rotate_part
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from pagedkv.device.cpu import rowwise
+from pagedkv.device.cpu import linear, rowwise
 from pagedkv.device.models import load_model
+from pagedkv.device.substitutes import linear as product
 from pagedkv.device.substitutes import rotation, substitute
 from tests.device.reference import reference_logits, reference_model
 
@@ -104,9 +105,40 @@ def test_a_model_that_is_moved_later_goes_back_to_its_own():
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [("tiny-random-gpt2", "float32"), ("tiny-random", "bfloat16")]
 )
-def test_other_models_and_dtypes_stay_as_they_are(architecture, dtype):
+def test_other_models_and_dtypes_stay_as_they_are(monkeypatch, architecture, dtype):
+    monkeypatch.setattr(linear, "MOST_PLAIN_ROWS", 0)
     model = load_model(architecture, dtype=dtype).model
     assert not any("forward" in vars(each) for each in model.modules())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 8, 33, 128, 129, 700])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 3), (192, 96), (576, 100), (48, 49), (32, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_torch_and_do_not_depend_on_other_rows(
+    monkeypatch, tokens, inputs, outputs, bias
+):
+    monkeypatch.setattr(linear, "MOST_PLAIN_ROWS", 128)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    rows = noise(1, inputs, tokens, seed=tokens).transpose(1, 2)
+    found = product(layer, rows)
+    expected = nn.functional.linear(rows.double(), *(p.double() for p in layer.parameters()))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+    if 0 < tokens <= 128 and outputs > 2:
+        assert torch.equal(product(layer, rows[0, tokens // 2]), found[0, tokens // 2])
+
+
+@pytest.mark.parametrize("change", ["inputs", "columns", "double", "gradient"])
+def test_what_native_products_do_not_take_is_multiplied_all_the_same(monkeypatch, change):
+    monkeypatch.setattr(linear, "MOST_PLAIN_ROWS", 128)
+    layer = nn.Linear(15 if change == "inputs" else 16, 8).requires_grad_(False)
+    rows = noise(3, layer.in_features)
+    if change == "columns":
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    elif change == "double":
+        layer, rows = layer.double(), rows.double()
+    elif change == "gradient":
+        rows.requires_grad_()
+    assert torch.equal(product(layer, rows), nn.functional.linear(rows, layer.weight, layer.bias))
 
 
 def test_what_computes_something_else_is_left_alone(monkeypatch):

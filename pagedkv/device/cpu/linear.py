@@ -8,6 +8,9 @@ reading the weights. Threads share the panels; a row's sums do not depend on oth
 Weights that can be had from a byte each (`codes.py`) lie in bytes and are expanded where they are
 multiplied, to the same fp32 numbers, which are summed in the same order: the same result, bit for
 bit, for a third of the reading.
+
+A weight as torch has it, row by row, can be multiplied with as well, its sums over vectors of
+inputs. That takes a fifth longer than panels do.
 """
 
 from ctypes import addressof, c_int64
@@ -22,7 +25,7 @@ from torch import Tensor
 from .codes import GROUP, GROUP_BYTES, decode, encode
 from .kernel import run
 from .native import compile_native, sources
-from .product import HEIGHT, product, product_onto
+from .product import HEIGHT, dots, product, product_onto
 from .simd import (
     LANES,
     Address,
@@ -38,12 +41,26 @@ from .simd import (
     store,
 )
 
-__all__ = ["describe", "get_ready", "multiply", "pack", "take_panels", "unpack", "worker"]
+__all__ = [
+    "MOST_PLAIN_ROWS",
+    "describe",
+    "get_ready",
+    "multiplies_plain",
+    "multiply",
+    "pack",
+    "take_panels",
+    "unpack",
+    "worker",
+]
 
 COLUMNS = 3 * LANES
 # Numbers of the rows that are done with one panel after another: 256 KiB stay in the second-level
 # cache beside a panel.
 _ROWS_AT_ONCE = 1 << 16
+
+# Rows up to which a plain weight is multiplied with here: torch was slower then with AVX2. With
+# AVX-512 that is not measured, and torch does it.
+MOST_PLAIN_ROWS = 128 if LANES == 8 else 0
 
 # Inputs whose weights are expanded at once: they stay in the first-level cache.
 _PIECE = 3 * GROUP
@@ -51,7 +68,7 @@ _ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
 
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
 NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
-_FP32, BYTES, ONE_ROW_OF_BYTES = range(3)
+_FP32, BYTES, ONE_ROW_OF_BYTES, _PLAIN = range(4)
 _Params = c_int64 * (HOW + 1)
 
 
@@ -146,6 +163,26 @@ def _one_row_of_bytes(params: Address, low: int, high: int) -> None:
 
 
 @kernel
+def _some_plain_rows(params: Address, chunk: int, low: int, high: int) -> None:
+    """The same for a weight as torch has it: three features at once, the last ones maybe again."""
+    inputs, stride = get(params, INPUTS), get(params, OUT_STRIDE)
+    first = chunk * get(params, AT_ONCE)
+    last = min(first + get(params, AT_ONCE), get(params, NUM_BLOCKS))
+    end = stride // 4 if high == get(params, NUM_PANELS) else COLUMNS * high
+    feature = COLUMNS * low
+    while feature < end:
+        at = min(feature, end - 3)
+        weight = get(params, PANELS) + 4 * inputs * at
+        for line in range(0, 12 * inputs, 64):
+            prefetch(weight + 12 * inputs + line)  # one row alone would wait for memory
+        for block in range(first, last):
+            rows = get(params, ROWS) + 4 * inputs * HEIGHT * block
+            out = get(params, OUT) + stride * HEIGHT * block + 4 * at
+            dots(rows, 4 * inputs, weight, 4 * inputs, inputs // LANES, out, stride)
+        feature += 3
+
+
+@kernel
 def take_panels(params: Address) -> None:
     """Take runs of panels off the shared counter until none is left."""
     panels, run = get(params, NUM_PANELS), get(params, RUN)
@@ -159,6 +196,8 @@ def take_panels(params: Address) -> None:
             _some_panels(params, item // runs, low, high)
         elif get(params, HOW) == BYTES:
             _some_panels_of_bytes(params, item // runs, low, high)
+        elif get(params, HOW) == _PLAIN:
+            _some_plain_rows(params, item // runs, low, high)
         else:
             _one_row_of_bytes(params, low, high)
         item = atomic_add(params + 8 * NEXT, 1)
@@ -211,12 +250,28 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
 
 def describe(panels: Tensor, threads: int) -> tuple[int, ...]:
     """Return what the worker is told about a weight: HOW + 1 fields, 0 where the rows decide."""
-    num_panels, how = panels.shape[0], _FP32 if panels.dtype == torch.float32 else BYTES
-    inputs = panels.shape[1] * (1 if how == _FP32 else GROUP)
+    if panels.dim() == 2:
+        # The last panel takes all that is left over.
+        num_panels, how, stride = max(panels.shape[0] // COLUMNS, 1), _PLAIN, 4 * panels.shape[0]
+    else:
+        num_panels, how = panels.shape[0], _FP32 if panels.dtype == torch.float32 else BYTES
+        stride = 4 * COLUMNS * num_panels
+    inputs = panels.shape[1] * (GROUP if how == BYTES else 1)
     at_once = max(_ROWS_AT_ONCE // inputs // HEIGHT, 1)
     run_length = min(max(num_panels // (4 * threads), 1), 8)
-    stride = 4 * COLUMNS * num_panels
     return 0, 0, panels.data_ptr(), 0, 0, inputs, num_panels, stride, at_once, run_length, how
+
+
+def multiplies_plain(weight: Tensor) -> bool:
+    """Return whether `multiply` takes a weight as it is: fp32 [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    return (
+        weight.is_cpu
+        and weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and inputs % LANES == 0
+        and outputs >= 3
+    )
 
 
 def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
@@ -224,10 +279,9 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
 
     Args:
         rows: Any strides.
-        panels: What `pack` made of the weight.
+        panels: What `pack` made of the weight; or the weight, if `multiplies_plain` says so.
     """
     tokens, inputs = rows.shape
-    num_panels = panels.shape[0]
     threads = torch.get_num_threads()
     # Not numpy: a decode step makes hundreds of these, and the address of an array takes it long.
     params = _Params(*describe(panels, threads))
@@ -241,10 +295,11 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
         padded[:tokens] = rows
         rows = padded
     rows = rows.contiguous()
-    out = torch.empty(whole, num_panels * COLUMNS, dtype=torch.float32)
+    width = params[OUT_STRIDE] // 4
+    out = torch.empty(whole, width, dtype=torch.float32)
     params[ROWS], params[OUT], params[NUM_BLOCKS] = rows.data_ptr(), out.data_ptr(), blocks
     if blocks:
         run(worker(), addressof(params), threads)
-    if whole == tokens and num_panels * COLUMNS == outputs:
+    if whole == tokens and width == outputs:
         return out
     return out[:tokens, :outputs].contiguous()

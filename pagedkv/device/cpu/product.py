@@ -1,4 +1,4 @@
-"""The inner loop of prefill: a matrix product whose sums stay in registers.
+"""The inner loops of matrix products, whose sums stay in registers.
 
 One call makes HEIGHT rows of THREE vectors. With AVX-512 that is 8 x 3 sums, three vectors of b and
 one number of a in all lanes: 28 of 32 registers, 24 multiply-adds for 11 loads. With 16 registers,
@@ -13,9 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import LANES, VEC, broadcast, call, const, intrinsic_name, pointer_to
+from .simd import LANES, VEC, broadcast, call, const, halves, intrinsic_name, pointer_to
 
-__all__ = ["HEIGHT", "product", "product_onto"]
+__all__ = ["HEIGHT", "dots", "product", "product_onto"]
 
 HEIGHT = 8 if LANES == 16 else 4
 _VECTORS = range(3)
@@ -106,3 +106,54 @@ def product_onto(
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 9), codegen
+
+
+@_lowered
+def dots(
+    _typing: Any,
+    a: Any,
+    across: Any,
+    b: Any,
+    apart: Any,
+    count: Any,
+    to: Any,
+    stride: Any,
+) -> Any:
+    """to[k, j] = sum_i a[k, i] * b[j, i] for HEIGHT k, three j and `count` vectors of i; fp32.
+
+    Args:
+        a: a[k, :] lies at a + k * across, addresses and bytes.
+        b: b[j, :] lies at b + j * apart.
+        to: to[k, :] lies at to + k * stride.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        a, across, b, apart, count, to, stride = args
+        vector = _I64(4 * LANES)
+        places = [(k, j) for k in range(HEIGHT) for j in _VECTORS]
+        sums = {place: cgutils.alloca_once(builder, VEC) for place in places}
+        for place in places:
+            builder.store(const(0.0), sums[place])
+        with cgutils.for_range(builder, count) as loop:
+            columns = [
+                builder.load(
+                    _at(builder, b, [(_I64(j), apart), (loop.index, vector)], VEC), align=4
+                )
+                for j in _VECTORS
+            ]
+            for k in range(HEIGHT):
+                at = _at(builder, a, [(_I64(k), across), (loop.index, vector)], VEC)
+                row = builder.load(at, align=4)
+                for j in _VECTORS:
+                    terms = [row, columns[j], builder.load(sums[k, j])]
+                    builder.store(call(builder, intrinsic_name("fma"), VEC, terms), sums[k, j])
+        for k, j in places:
+            total = builder.load(sums[k, j])
+            while total.type.count > 1:
+                total = builder.fadd(*halves(builder, total))
+            total = builder.extract_element(total, ir.IntType(32)(0))
+            at = _at(builder, to, [(_I64(k), stride), (_I64(j), _I64(4))], _F32)
+            builder.store(total, at)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 7), codegen
