@@ -74,7 +74,13 @@ class Clocks:
 
 def attach(clocks: Clocks, loaded: LoadedModel) -> None:
     """Put clocks around everything that a decode step is made of."""
+    # Layers that native code does have one clock around its calls: see device/layers.py. One on a
+    # module of theirs would have the modules called.
+    layers = [m for m in loaded.model.modules() if hasattr(m, "pagedkv_native")]
+    inside = {id(part) for layer in layers for part in layer.modules()}
     for module in loaded.model.modules():
+        if id(module) in inside:
+            continue
         kind = type(module).__name__
         if isinstance(module, torch.nn.Linear):
             clocks.wrap(module, "forward", "model matmuls")
@@ -86,7 +92,6 @@ def attach(clocks: Clocks, loaded: LoadedModel) -> None:
             clocks.wrap(module, "forward", "activation")
         elif kind.endswith("Attention"):
             clocks.wrap(module, "forward", "rotary and layout in attention")
-    # Of layers that native code does there is one clock around its calls: see device/layers.py.
     for name in ("before", "after"):
         clocks.wrap(native_layer.Layer, name, "model matmuls, and norms, rotary, gates natively")
     clocks.wrap(loaded.model, "forward", "residuals and calls between modules")

@@ -1,8 +1,8 @@
 """Decoder layers whose products are native, each done by two calls around its attention.
 
-A layer is recognised as other substitutes are: it is tried on random numbers with a made-up
-attention, and replaced where the hidden states come out the same. In steps of few tokens its
-modules are then not called, unless somebody has put a hook on one.
+A layer is replaced where its norms, its gate and its rotation have been, and where it gives the
+same bits, tried on random numbers with a made-up attention. In steps of few tokens its modules are
+then not called, unless somebody has changed one or put a hook on it.
 """
 
 from types import MethodType
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pagedkv.device.bridge import ATTENTION_NAME, paged_attention
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.packing import PackedLinear
-from pagedkv.device.substitutes import MOST, alike, epsilon_of, linear, native, noise
+from pagedkv.device.substitutes import MOST, epsilon_of, is_replaced, linear, native, noise
 from pagedkv.errors import UnsupportedBackend
 
 __all__ = ["substitute_layers"]
@@ -58,14 +58,16 @@ class _Native:
             ],
             self.attention.head_dim,
         )
+        self._most = MOST if all(map(_is_packed, weights)) else MOST_PLAIN_ROWS
         self._parents = layer, layer.self_attn, layer.mlp
         self._modules = self._current()
-        tensors = [n.weight for n in norms if n is not None]
-        tensors += [w.bias for w in weights if w.bias is not None]
-        plain = [w.weight for w in weights if not _is_packed(w)]
-        self._most = MOST_PLAIN_ROWS if plain else MOST
-        tensors += plain
-        self._places = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        self._forwards = [vars(module).get("forward") for module in self._modules]
+        self._places = [
+            (module._parameters, name, tensor, 0 if tensor is None else tensor.data_ptr())
+            for module in modules
+            if module is not None
+            for name, tensor in module._parameters.items()
+        ]
 
     def __reduce__(self) -> Any:
         """A copy of the layer calls its modules: its tensors lie elsewhere."""
@@ -75,16 +77,30 @@ class _Native:
         return [child for parent in self._parents for child in parent._modules.values()]
 
     def takes(self, hidden: Tensor, angles: Any) -> bool:
-        """Whether a step is for native code, and the layer is still what was loaded."""
+        """Whether native code is for a step: one row of few tokens, through an unchanged layer."""
+        if not (native(hidden) and type(angles) is tuple and not self.attention.training):
+            return False
+        batch, tokens, _ = hidden.shape
+        turned = angles[0].shape
         return (
-            native(hidden)
-            and hidden.shape[0] * hidden.shape[1] <= min(self._most, MOST // self.calls.width)
-            and type(angles) is tuple
-            and angles[0].shape[2] <= self.attention.head_dim
-            and all(x.is_contiguous() for x in (hidden, *angles))
-            and self._current() == self._modules
+            batch == 1
+            and tokens <= min(self._most, MOST // self.calls.width)
+            and turned[:2] == (1, tokens)
+            and turned[2] <= self.attention.head_dim
+            and all(native(x) and x.is_contiguous() for x in (hidden, *angles))
+            and self._is_unchanged()
+        )
+
+    def _is_unchanged(self) -> bool:
+        """Whether modules and tensors are those that were loaded, and lie where they lay."""
+        return (
+            self._current() == self._modules
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
-            and all(tensor.data_ptr() == place for tensor, place in self._places)
+            and [vars(module).get("forward") for module in self._modules] == self._forwards
+            and all(
+                owner.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
+                for owner, name, tensor, place in self._places
+            )
         )
 
     def forward(
@@ -140,7 +156,7 @@ def _parts(layer: nn.Module) -> list[Any] | None:
     known = (
         all(_is_packed(each) or _is_plain(each) for each in weights)
         and None not in norms[:2]
-        and all(n is None or (epsilon_of(n) is not None and hasattr(n, "weight")) for n in norms)
+        and all(map(is_replaced, (attention, feed_forward, *filter(None, norms))))
         and all(hasattr(attention, name) for name in ("head_dim", "layer_idx", "scaling"))
     )
     return [*norms, *weights] if known else None
@@ -163,7 +179,8 @@ def _is_plain(module: Any) -> bool:
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of decoder layers that were replaced."""
     found: _Native | None = self.pagedkv_native
-    usual = not args and kwargs.get("past_key_values") is None
+    step = kwargs.get(ATTENTION_NAME)  # without one, somebody else attends
+    usual = not args and step is not None and kwargs.get("past_key_values") is None
     if (
         found is not None
         and usual
@@ -175,12 +192,12 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
-    """Whether native code does for a layer what its own forward does."""
-    width = 2 * len(geometry.rope_frequencies[module.self_attn.layer_idx])
-    if not width:
-        return False
-    tokens = 3
-    hidden = noise(1, tokens, module.self_attn.q_proj.in_features)
+    """Whether native code gives the bits that a layer's own forward gives.
+
+    Small hidden states let show what small weights add to them.
+    """
+    width, tokens = 2 * len(geometry.rope_frequencies[module.self_attn.layer_idx]), 3
+    hidden = 1e-4 * noise(1, tokens, module.self_attn.q_proj.in_features)
     asked: dict[str, Any] = {
         "position_embeddings": (noise(1, tokens, width), noise(1, tokens, width)),
         "attention_mask": None,
@@ -189,11 +206,11 @@ def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
         "use_cache": False,
         ATTENTION_NAME: _Made(),
     }
-    try:
-        with torch.no_grad():
-            return alike(
-                lambda: (type(module).forward(module, hidden, **asked),),
-                lambda: (found.forward(hidden, **asked),),
-            )
-    except UnsupportedBackend:  # its attention wants more than ours does
-        return False
+    with torch.no_grad():
+        try:
+            expected = type(module).forward(module, hidden, **asked)
+        except (TypeError, ValueError, RuntimeError, AttributeError, UnsupportedBackend):
+            return False  # it is called otherwise, or its attention wants more than ours does
+        return isinstance(expected, Tensor) and torch.equal(
+            expected, found.forward(hidden, **asked)
+        )

@@ -233,11 +233,14 @@ def paged_attention(
         [T, Hq, D] in the query's dtype.
 
     Raises:
-        ValueError: A cache is not contiguous; or xformers' own, saying which input the operator
-            does not take and why.
+        ValueError: A cache is not contiguous, or they differ in shape; or xformers' own, saying
+            which input the operator does not take and why.
     """
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise ValueError("a cache of keys or values is not contiguous: call .contiguous()")
+    if key_cache.shape != value_cache.shape:
+        shapes = f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
+        raise ValueError(f"caches of keys and values are not alike: {shapes}")
     tokens, heads, dim = query.shape
     blocks, size, kv_heads, row = key_cache.shape
     group = heads // kv_heads

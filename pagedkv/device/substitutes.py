@@ -37,6 +37,7 @@ def native(x: Tensor, most: int = MOST) -> bool:
         and x.dtype == torch.float32
         and x.numel() <= most
         and not x.requires_grad
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -45,8 +46,8 @@ def rotation(theirs: _Rotation) -> _Rotation:
     from pagedkv.device.cpu.rowwise import rotate
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        whole = cos.is_contiguous() and sin.is_contiguous() and cos.shape[2] <= q.shape[3]
-        if whole and native(q) and q.stride(3) == k.stride(3) == 1:
+        whole = all(native(x) and x.is_contiguous() for x in (cos, sin))
+        if whole and cos.shape[2] <= q.shape[3] and native(q) and q.stride(3) == k.stride(3) == 1:
             return rotate(q, k, cos, sin)
         return theirs(q, k, cos, sin)
 
@@ -90,6 +91,11 @@ def linear(self: Any, x: Tensor) -> Tensor:
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], len(weight))
+
+
+def is_replaced(module: Any) -> bool:
+    """Whether a part was found to compute what native code does, which does it since."""
+    return "forward" in vars(module)
 
 
 def substitute(model: Any, geometry: ModelGeometry) -> None:

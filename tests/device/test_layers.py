@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 from transformers.activations import ACT2FN
 
-from pagedkv import LLM, SamplingParams
+from pagedkv import LLM, SamplingParams, UnsupportedBackend
 from pagedkv.device.bridge import ATTENTION_NAME, register
 from pagedkv.device.cpu import kernel, linear, partials
 from pagedkv.device.cpu.rowwise import put_rows
@@ -127,11 +127,13 @@ def test_a_served_model_computes_the_same_logits_with_and_without(which):
 
 
 @pytest.mark.parametrize("change", ["gate", "residual", "norm"])
-def test_a_layer_that_computes_something_else_is_left_alone(change):
-    if change == "residual":
-        model = odd(GraniteConfig, residual_multiplier=0.5)
-    else:
-        model = odd()
+@pytest.mark.parametrize("scale", [1, 1e-4])
+def test_a_layer_that_computes_something_else_is_left_alone(change, scale):
+    """Small weights add little to the hidden states; what they add is looked at all the same."""
+    model = odd(GraniteConfig, residual_multiplier=0.99) if change == "residual" else odd()
+    for parameter in model.parameters():
+        parameter.mul_(scale if parameter.dim() > 1 else 1)
+    if change != "residual":
         for layer in model.model.layers:
             if change == "gate":
                 layer.mlp.act_fn = ACT2FN["gelu"]
@@ -168,6 +170,53 @@ def test_a_module_that_is_exchanged_later_is_called():
     after = layer(hidden, **extra)
     assert not torch.allclose(before, after)
     assert torch.equal(after, by_modules(layer, hidden, extra))
+
+
+def double(module, name):
+    module._parameters[name] = nn.Parameter(2 * module._parameters[name], requires_grad=False)
+
+
+CHANGES = {
+    "a norm's weight": lambda layer: double(layer.input_layernorm, "weight"),
+    "a bias": lambda layer: double(layer.self_attn.v_proj, "bias"),
+    "no bias": lambda layer: layer.self_attn.v_proj.register_parameter("bias", None),
+    "a module's forward": lambda layer: setattr(layer.mlp, "forward", lambda x: 0 * x),
+    "an inner module's forward": lambda layer: setattr(
+        layer.self_attn.v_proj, "forward", lambda x: x.new_zeros(*x.shape[:2], 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("weights", ["packed", "plain"])
+def test_what_is_changed_later_counts(change, weights):
+    layer = layers_of("odd", weights)[0]
+    hidden, extra = asked(layer, 5)
+    before = layer(hidden, **extra)
+    CHANGES[change](layer)
+    after = layer(hidden, **extra)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, by_modules(layer, hidden, extra))
+
+
+def test_several_rows_and_training_are_for_the_modules():
+    layer = layers_of("odd")[0]
+    _, extra = asked(layer, 5)
+    with pytest.raises(RuntimeError):  # our attention takes one row
+        layer(noise(2, 5, 80), **extra)
+    layer.train()
+    layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(UnsupportedBackend, match="dropout"):
+        layer(noise(1, 5, 80), **extra)
+
+
+def test_another_attention_is_asked_where_no_step_comes_along():
+    plain, loaded = (load_model("tiny-random", pack_weights=which) for which in ("none", "all"))
+    found = []
+    for model in (plain.model, loaded.model):
+        model.set_attn_implementation("sdpa")
+        found.append(model(torch.tensor([[1, 2, 3]]), use_cache=False).logits)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
 def test_hooks_are_called():

@@ -436,3 +436,18 @@ def test_gradients_are_refused() -> None:
         case.run(CpuPagedOp, case.bias())
     with torch.no_grad():
         assert case.run(CpuPagedOp, case.bias()).isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["wider", "more", "strided"])
+def test_caches_that_are_not_alike_or_not_whole_are_refused(change):
+    keys = torch.zeros(2, 4, 2, 32)
+    values = {
+        "wider": torch.zeros(2, 4, 2, 64),
+        "more": torch.zeros(3, 4, 2, 32),
+        "strided": torch.zeros(2, 4, 2, 64)[..., ::2],
+    }[change]
+    bias = PagedBias.build(
+        np.array([0, 1], np.int32), np.ones(1, np.int32), np.zeros((1, 1), np.int32), 4
+    )
+    with pytest.raises(ValueError, match="cache"):
+        paged_attention(torch.zeros(1, 2, 32), keys, values, bias)
