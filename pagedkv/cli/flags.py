@@ -14,6 +14,7 @@ import msgspec
 
 from pagedkv.config import EngineConfig, load_config
 from pagedkv.core.request import SamplingParams
+from pagedkv.errors import ConfigError
 from pagedkv.eviction import policy
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "add_config_flags",
     "add_engine_flags",
     "add_sampling_flags",
+    "check_counts",
     "engine_config",
     "field_help",
     "given",
@@ -276,3 +278,19 @@ def make_llm(args: argparse.Namespace, config: EngineConfig) -> "LLM":
         config=config,
         max_model_len=longer,
     )
+
+
+def check_counts(args: argparse.Namespace, **least: int) -> None:
+    """Refuse a flag's number that is smaller than it may be; flags that are not there are fine.
+
+    Raises:
+        ConfigError: It names the flag.
+    """
+    for name, smallest in least.items():
+        value = getattr(args, name, None)
+        if value is not None and value < smallest:
+            raise ConfigError(
+                f"it is {value}",
+                where=f"--{name.replace('_', '-')}",
+                remedy=f"give at least {smallest}",
+            )

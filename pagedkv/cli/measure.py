@@ -15,7 +15,7 @@ from pagedkv.cli.datasets import (
     prefix_repetition_requests,
     random_requests,
 )
-from pagedkv.cli.flags import engine_config, given, make_llm, sampling_params
+from pagedkv.cli.flags import check_counts, engine_config, given, make_llm, sampling_params
 from pagedkv.cli.report import RunProgress, show
 from pagedkv.cli.results import (
     check_writable,
@@ -159,8 +159,7 @@ def _workload(args: argparse.Namespace) -> dict[str, Any]:
 def _latency(
     args: argparse.Namespace, config: EngineConfig, params: SamplingParams
 ) -> tuple[dict[str, Any], str]:
-    if args.num_iters < 1:
-        raise ConfigError(f"it is {args.num_iters}", where="--num-iters", remedy="give 1 or more")
+    check_counts(args, num_iters=1, num_iters_warmup=0, batch_size=1, input_len=1, output_len=1)
     llm = make_llm(args, config)
     requests = random_requests(
         args.batch_size,

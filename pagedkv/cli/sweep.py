@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pagedkv.cli import passages
-from pagedkv.cli.flags import engine_config, given, make_llm
+from pagedkv.cli.flags import check_counts, engine_config, given, make_llm
 from pagedkv.cli.passages import Passage, Text
 from pagedkv.cli.quality import METRICS, Metric, compare
 from pagedkv.cli.quality_report import show_quality
@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, show a table, write JSON and draw."""
     check_writable(args.output_json)
     check_writable(args.plot)
+    check_counts(args, num_tokens=2, output_len=1, source_len=1, filler_len=1, chunk=1)
+    check_counts(args, num_samples=1, offset=0)
     base = engine_config(args)
     todo = cells(args.eviction, args.budget, args.granularity, args.chunk)
     configs = {
@@ -137,10 +139,6 @@ def _material(args: argparse.Namespace, llm: "LLM") -> tuple[Text, list[Passage]
         return text.windows(args.num_samples, length, seed=args.seed, offset=args.offset)
 
     if args.task == "copy":
-        if args.source_len < 1 or args.filler_len < 1:
-            raise ConfigError(
-                "it is below 1", where="--source-len, --filler-len", remedy="give 1 or more"
-            )
         whole = windows(2 * args.filler_len + args.source_len)
         return text, passages.copy_passages(whole, args.filler_len, args.source_len)
     if args.task == "passkey":
@@ -155,6 +153,13 @@ def _material(args: argparse.Namespace, llm: "LLM") -> tuple[Text, list[Passage]
 
 def _continued(llm: "LLM", windows: list[list[int]], output_len: int) -> list[Passage]:
     """Let the full cache go on from every window; what it wrote counts."""
+    most = llm.config.model.max_model_len - 1  # what is scored is a prompt, with room for a token
+    if len(windows[0]) + output_len > most:
+        raise ConfigError(
+            f"{len(windows[0])} tokens and {output_len} more are asked for; the model takes {most}",
+            where="--num-tokens, --output-len",
+            remedy="give fewer",
+        )
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     outputs = llm.generate(windows, params, eviction="full")
     return [

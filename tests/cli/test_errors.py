@@ -34,6 +34,7 @@ MISTAKES = {
         "nowhere/result.json",
     ),
     "steps of two prompts": (["generate", "--show-steps", "a", "b"], "give one prompt"),
+    "an empty batch": (["bench", "latency", "--batch-size", "0"], "--batch-size: it is 0"),
     "no iterations": (["bench", "latency", "--num-iters", "0"], "--num-iters"),
     "warming up backwards": (["bench", "throughput", "--num-warmups", "-1"], "--num-warmups"),
     "a file for random ids": (

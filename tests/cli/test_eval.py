@@ -223,7 +223,10 @@ def test_a_policy_that_never_fired_is_named(cli):
         (("--granularity", "table"), "granularity"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--num-tokens", 10**6), "longer --text"),
-        (("--num-samples", 0), "at least 1"),
+        (("--num-samples", 0), "--num-samples: it is 0; give at least 1"),
+        (("--num-tokens", 1), "--num-tokens: it is 1; give at least 2"),
+        (("--chunk", 0), "--chunk: it is 0; give at least 1"),
+        (("--offset", -1), "--offset: it is -1; give at least 0"),
         (("--output-json", "no/such/folder.json"), "written"),
         (("--plot", "no/such/folder.png"), "written"),
     ],
@@ -232,6 +235,13 @@ def test_mistakes_are_refused_in_a_line(cli, args, says):
     code, out, err = cli("eval", "perplexity", *TINY, *args)
     assert (code, out) == (2, "")
     assert err.startswith("pagedkv: error: ")
+    assert says in err
+
+
+@pytest.mark.parametrize(("length", "says"), [(0, "--output-len: it is 0"), (5000, "takes 2047")])
+def test_continuations_that_cannot_be_are_refused_before_any_work(cli, length, says):
+    code, out, err = cli("eval", "agreement", *TINY, "--output-len", length)
+    assert (code, out) == (2, "")
     assert says in err
 
 
