@@ -5,6 +5,8 @@ same bits, tried on random numbers with a made-up attention. In steps of few tok
 then not called, unless somebody has changed one or put a hook on it.
 """
 
+from itertools import chain
+from operator import is_, methodcaller
 from types import MethodType
 from typing import Any
 
@@ -23,6 +25,9 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+_own_forward = methodcaller("get", "forward")
 
 
 class _Made:
@@ -59,22 +64,25 @@ class _Native:
             self.attention.head_dim,
         )
         self._most = MOST if all(map(_is_packed, weights)) else MOST_PLAIN_ROWS
-        self._parents = layer, layer.self_attn, layer.mlp
+        # What `_is_unchanged` compares: some fifty things for every layer of a step, so by maps.
+        self._parents = [p._modules for p in (layer, layer.self_attn, layer.mlp)]
         self._modules = self._current()
-        self._forwards = [vars(module).get("forward") for module in self._modules]
-        self._places = [
-            (module._parameters, name, tensor, 0 if tensor is None else tensor.data_ptr())
-            for module in modules
-            if module is not None
-            for name, tensor in module._parameters.items()
-        ]
+        real = [module for module in self._modules if module is not None]
+        self._hooks = [hooks for m in real for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._vars = [*map(vars, real)]
+        self._forwards = [own.get("forward") for own in self._vars]
+        own = [(m._parameters, name) for m in modules if m is not None for name in m._parameters]
+        self._owners, self._names = zip(*own, strict=True)
+        self._tensors = [owner[name] for owner, name in own]
+        self._lying = [tensor for tensor in self._tensors if tensor is not None]
+        self._places = [*map(Tensor.data_ptr, self._lying)]
 
     def __reduce__(self) -> Any:
         """A copy of the layer calls its modules: its tensors lie elsewhere."""
         return type(None), ()
 
-    def _current(self) -> list[nn.Module]:
-        return [child for parent in self._parents for child in parent._modules.values()]
+    def _current(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._parents))]
 
     def takes(self, hidden: Tensor, angles: Any) -> bool:
         """Whether native code is for a step: one row of few tokens, through an unchanged layer."""
@@ -95,12 +103,10 @@ class _Native:
         """Whether modules and tensors are those that were loaded, and lie where they lay."""
         return (
             self._current() == self._modules
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
-            and [vars(module).get("forward") for module in self._modules] == self._forwards
-            and all(
-                owner.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
-                for owner, name, tensor, place in self._places
-            )
+            and not any(self._hooks)
+            and [*map(_own_forward, self._vars)] == self._forwards
+            and all(map(is_, map(dict.get, self._owners, self._names), self._tensors))
+            and [*map(Tensor.data_ptr, self._lying)] == self._places
         )
 
     def forward(
