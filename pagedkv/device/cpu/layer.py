@@ -57,9 +57,10 @@ _WEIGHT = OUTPUTS + 1
 # A norm: addresses of its weight, over how many numbers, and its epsilon's fp32 bits.
 _NORM = 3
 # A layer: norms of the hidden state before attention and after it, of heads of queries and of keys
-# (weight 0: none); the weights of queries, keys, values, outputs, gates, ups and downs; numbers.
-NORMS = 0
-WEIGHTS = NORMS + 4 * _NORM
+# (weight 0: none); the weights; the size of a head.
+BEFORE, AFTER, OF_Q, OF_K = range(4)
+QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
+NORMS, WEIGHTS = 0, 4 * _NORM
 DIM, _LAYER = WEIGHTS + 7 * _WEIGHT, WEIGHTS + 7 * _WEIGHT + 1
 # Who works: threads, OpenMP's entry, the product's worker.
 THREADS, PARALLEL, WORKER = range(3)
@@ -78,6 +79,11 @@ def _add(a: Address, b: Address, out: Address, count: int) -> None:
 
 
 @kernel
+def _weight(layer: Address, which: int) -> Address:
+    return layer + 8 * (WEIGHTS + which * _WEIGHT)
+
+
+@kernel
 def _multiply(
     layer: Address, which: int, team: Address, tokens: int, rows: Address, out: Address
 ) -> None:
@@ -85,7 +91,7 @@ def _multiply(
 
     Both have room for whole blocks of HEIGHT rows, and `out` for whole panels.
     """
-    weight = layer + 8 * (WEIGHTS + which * _WEIGHT)
+    weight = _weight(layer, which)
     call, how, height = _call(), get(weight, HOW), HEIGHT
     for field in range(HOW):
         put(call + 8 * field, get(weight, field))
@@ -136,15 +142,14 @@ def _before(
     sin: Address,
     pairs: int,
 ) -> None:
-    dim, inputs = get(layer, DIM), get(layer + 8 * WEIGHTS, INPUTS)
-    _norm(layer, 0, hidden, normed, tokens * inputs)
-    _multiply(layer, 0, team, tokens, normed, q)
-    _multiply(layer, 1, team, tokens, normed, k)
-    _multiply(layer, 2, team, tokens, normed, v)
-    for which in range(2):
-        rows = q if which == 0 else k
-        heads = get(layer + 8 * (WEIGHTS + which * _WEIGHT), OUTPUTS) // dim
-        _norm(layer, 2 + which, rows, rows, tokens * heads * dim)
+    dim = get(layer, DIM)
+    _norm(layer, BEFORE, hidden, normed, tokens * get(_weight(layer, QUERY), INPUTS))
+    _multiply(layer, QUERY, team, tokens, normed, q)
+    _multiply(layer, KEY, team, tokens, normed, k)
+    _multiply(layer, VALUE, team, tokens, normed, v)
+    for which, norm, rows in ((QUERY, OF_Q, q), (KEY, OF_K, k)):
+        heads = get(_weight(layer, which), OUTPUTS) // dim
+        _norm(layer, norm, rows, rows, tokens * heads * dim)
         rotate_heads(rows, rows, cos, sin, tokens, heads, dim, pairs, 4 * heads * dim, 4 * dim)
 
 
@@ -161,16 +166,15 @@ def _after(
     ups: Address,
 ) -> None:
     """`gates` and `ups` have room for what was attended and for a product of the hidden size."""
-    size = tokens * get(layer + 8 * WEIGHTS, INPUTS)
-    wide = tokens * get(layer + 8 * (WEIGHTS + 4 * _WEIGHT), OUTPUTS)
-    copy(attended, gates, tokens * get(layer + 8 * (WEIGHTS + 3 * _WEIGHT), INPUTS))
-    _multiply(layer, 3, team, tokens, gates, ups)
+    size = tokens * get(_weight(layer, QUERY), INPUTS)
+    copy(attended, gates, tokens * get(_weight(layer, OUTPUT), INPUTS))
+    _multiply(layer, OUTPUT, team, tokens, gates, ups)
     _add(hidden, ups, out, size)
-    _norm(layer, 1, out, normed, size)
-    _multiply(layer, 4, team, tokens, normed, gates)
-    _multiply(layer, 5, team, tokens, normed, ups)
-    gate_all(gates, ups, gates, wide)
-    _multiply(layer, 6, team, tokens, gates, ups)
+    _norm(layer, AFTER, out, normed, size)
+    _multiply(layer, GATE, team, tokens, normed, gates)
+    _multiply(layer, UP, team, tokens, normed, ups)
+    gate_all(gates, ups, gates, tokens * get(_weight(layer, GATE), OUTPUTS))
+    _multiply(layer, DOWN, team, tokens, gates, ups)
     _add(out, ups, out, size)
 
 
