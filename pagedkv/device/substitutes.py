@@ -37,7 +37,6 @@ def native(x: Tensor, most: int = MOST) -> bool:
         and x.dtype == torch.float32
         and x.numel() <= most
         and not x.requires_grad
-        and not torch.compiler.is_compiling()
     )
 
 
