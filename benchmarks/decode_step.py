@@ -5,7 +5,7 @@
     python benchmarks/decode_step.py --model tiny-random --users 4 --context 64 --steps 8
 
 The first form times the parts of a step with clocks around the functions that do them, each less
-what it calls. A clock costs about a microsecond, charged to whoever calls; there are some 700 a
+what it calls. A clock costs about a microsecond, charged to whoever calls; there are hundreds a
 step. Medians over steps. With `--budget` nothing but whole steps are timed: a full-cache engine and
 one whose policy keeps that many tokens share the model and take turns, a step each.
 

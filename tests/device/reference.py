@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pagedkv.device.models import LoadedModel
 
-__all__ = ["DenseStep", "greedy", "packed", "reference_logits", "reference_model"]
+__all__ = ["DenseStep", "greedy", "kept_logits", "packed", "reference_logits", "reference_model"]
 
 
 def reference_model(loaded: LoadedModel, attn_implementation: str = "sdpa") -> Any:
@@ -27,6 +27,20 @@ def reference_logits(model: Any, token_ids: list[int]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
     return logits.float()
+
+
+def kept_logits(llm: Any) -> list[Tensor]:
+    """Return a list that every step's logits are added to from now on."""
+    executor, kept = llm.engine.executor, []
+    forward = executor.forward
+
+    def keep(plan: Any) -> Any:
+        drawn, observed = forward(plan)
+        kept.append(drawn.clone())
+        return drawn, observed
+
+    executor.forward = keep
+    return kept
 
 
 class DenseStep:

@@ -16,6 +16,7 @@ from pagedkv.device.cpu.rowwise import put_rows
 from pagedkv.device.layers import _Made
 from pagedkv.device.models import _examined, load_model
 from pagedkv.device.packing import pack_weights
+from tests.device.reference import kept_logits
 
 ARCHITECTURES = ("tiny-random", "tiny-random-qwen2", "tiny-random-qwen3", "tiny-random-mistral")
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
@@ -112,14 +113,7 @@ def test_a_served_model_computes_the_same_logits_with_and_without(which):
         for layer in () if native else loaded.model.model.layers:
             del layer.forward
         llm = LLM(loaded, block_size=8, num_blocks=64)
-        forward, kept = llm.engine.executor.forward, []
-
-        def keep(plan):
-            drawn, observed = forward(plan)
-            kept.append(drawn.clone())
-            return drawn, observed
-
-        llm.engine.executor.forward = keep
+        kept = kept_logits(llm)
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
         return kept
 
@@ -298,8 +292,8 @@ def test_vectors_are_put_where_index_copy_puts_them(tokens):
 
 
 @pytest.mark.parametrize("slot", [-1, 16])
-def test_a_slot_outside_the_pool_is_an_error_and_not_written(slot):
-    pools, vector = torch.zeros(2, 18, 60), noise(1, 3, 20)
+def test_a_slot_outside_the_pool_is_an_error_and_nothing_is_written(slot):
+    pools, vector = torch.zeros(2, 18, 60), noise(2, 3, 20)
     with pytest.raises(IndexError, match="outside the pool of 16"):
-        put_rows(vector, vector, pools[0][1:17], pools[1][1:17], torch.tensor([slot]))
+        put_rows(vector, vector, pools[0][1:17], pools[1][1:17], torch.tensor([3, slot]))
     assert not pools.any()

@@ -10,6 +10,7 @@ from pagedkv.device.meter import Meter
 from pagedkv.device.models import load_model
 from pagedkv.device.packing import PackedLinear, pack_weights
 from pagedkv.device.tiny import TINY_MODELS, tiny_config
+from tests.device.reference import kept_logits
 
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
 
@@ -17,15 +18,7 @@ PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17]
 def run(model, **fields):
     """Serve the prompts; every step's logits and work, and all tokens."""
     llm = LLM(model, block_size=8, num_blocks=64, **fields)
-    meter = Meter(llm.engine.executor)
-    forward, logits = llm.engine.executor.forward, []
-
-    def kept(plan):
-        drawn, observed = forward(plan)
-        logits.append(drawn.clone())
-        return drawn, observed
-
-    llm.engine.executor.forward = kept
+    logits, meter = kept_logits(llm), Meter(llm.engine.executor)
     llm.engine.executor = meter
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, n=2)
     outputs = llm.generate(PROMPTS, params)

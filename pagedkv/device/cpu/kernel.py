@@ -193,7 +193,7 @@ _PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product
 
 
 def _source_digest() -> str:
-    """A hash of the kernel's own files: it takes longest to compile."""
+    """A hash of the kernel's own files: others may change, and it stays compiled."""
     here = Path(__file__).parent
     files = (here / f"{part}.py" for part in _PARTS)
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()

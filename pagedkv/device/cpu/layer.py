@@ -218,7 +218,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer: what `linear.pack` made of its weight, and fp32 [outputs] or None."""
+    """A linear layer: its weight as `linear.multiply` takes it, and fp32 [outputs] or None."""
 
     panels: Tensor
     outputs: int
@@ -234,7 +234,10 @@ class Layer:
         weights: Of queries, keys, values, outputs, gates, ups and downs.
         head_dim: Of all heads.
 
-    Their tensors must stay where they are.
+    Attributes:
+        width: The most numbers of a token that come between its products.
+
+    The tensors must stay where they are.
     """
 
     def __init__(self, norms: list[Norm | None], weights: list[Weight], head_dim: int) -> None:
@@ -254,11 +257,11 @@ class Layer:
         widths = [-(-each.outputs // COLUMNS) * COLUMNS for each in weights]
         self._heads = [
             (width, each.outputs // head_dim)
-            for width, each in zip(widths[:3], weights, strict=False)
+            for width, each in zip(widths[:OUTPUT], weights[:OUTPUT], strict=True)
         ]
-        self._hidden = weights[6].outputs
+        self._hidden = weights[DOWN].outputs
         # What was attended comes there, and each of the products that follow.
-        self.width = max(*widths[3:], weights[0].outputs)
+        self.width = max(*widths[OUTPUT:], weights[QUERY].outputs)
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values: [1, heads, T, dim] each, token after token in memory.

@@ -212,7 +212,7 @@ def worker() -> Any:
         digest  # noqa: B018  part of the cache key
         take_panels(params)
 
-    return compile_native(types.void(types.int64), some, "the product with packed weights")
+    return compile_native(types.void(types.int64), some, "the product")
 
 
 def get_ready() -> None:
@@ -249,7 +249,12 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
 
 
 def describe(panels: Tensor, threads: int) -> tuple[int, ...]:
-    """Return what the worker is told about a weight: HOW + 1 fields, 0 where the rows decide."""
+    """Return what the worker is told about a weight: HOW + 1 fields, 0 where the rows decide.
+
+    Args:
+        panels: As `multiply` takes it; the fields hold its address.
+        threads: How many share the work.
+    """
     if panels.dim() == 2:
         # The last panel takes all that is left over.
         num_panels, how, stride = max(panels.shape[0] // COLUMNS, 1), _PLAIN, 4 * panels.shape[0]

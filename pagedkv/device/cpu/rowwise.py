@@ -160,19 +160,14 @@ def _put_rows(
     head_stride: int,
     to: Address,
     slots: Address,
-    shape: tuple[int, int, int, int],
-) -> int:
-    """Copy every token's heads to its slot; how many had one. Strides are bytes."""
-    tokens, heads, dim, num_slots = shape
-    put_there = 0
+    shape: tuple[int, int, int],
+) -> None:
+    """Copy every token's heads to its slot. Strides are bytes."""
+    tokens, heads, dim = shape
     for token in range(tokens):
-        slot = get(slots, token)
-        if 0 <= slot < num_slots:
-            for head in range(heads):
-                at = source + token * token_stride + head * head_stride
-                copy(at, to + 4 * dim * (slot * heads + head), dim)
-            put_there += 1
-    return put_there
+        for head in range(heads):
+            at = source + token * token_stride + head * head_stride
+            copy(at, to + 4 * dim * (get(slots, token) * heads + head), dim)
 
 
 @cache
@@ -195,9 +190,12 @@ def _compiled(name: str) -> Any:
 
     def putting(k, kt, kh, v, vt, vh, to_k, to_v, slots, tokens, heads, dim, num_slots):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        shape = (tokens, heads, dim, num_slots)
-        first = _put_rows(k, kt, kh, to_k, slots, shape)
-        return first + _put_rows(v, vt, vh, to_v, slots, shape)
+        for token in range(tokens):
+            if not 0 <= get(slots, token) < num_slots:
+                return 0
+        _put_rows(k, kt, kh, to_k, slots, (tokens, heads, dim))
+        _put_rows(v, vt, vh, to_v, slots, (tokens, heads, dim))
+        return 1
 
     if name == "put_rows":
         return compile_native(types.int64(*[types.int64] * 13), putting, name).ctypes
@@ -287,11 +285,11 @@ def put_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Te
         slots: int64 [T], contiguous.
 
     Raises:
-        IndexError: A slot is not one of the S. The others are written.
+        IndexError: A slot is not one of the S; nothing is written.
     """
     tokens, heads, dim = key.shape
     (kt, kh, _), (vt, vh, _) = key.stride(), value.stride()
-    found = _compiled("put_rows")(
+    done = _compiled("put_rows")(
         key.data_ptr(),
         4 * kt,
         4 * kh,
@@ -306,5 +304,5 @@ def put_rows(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Te
         dim,
         len(keys),
     )
-    if found != 2 * tokens:
+    if not done:
         raise IndexError(f"slots of {tokens} tokens lead outside the pool of {len(keys)}")
