@@ -231,7 +231,8 @@ def forward(
         UnsupportedBackend: A layer asks for attention that pagedkv's operators lack.
     """
     narrow = {"logits_to_keep": logits_index} if loaded.narrows_logits else {}
-    with torch.no_grad():
+    # Autocast around the step would hand native code another type than the model was loaded in.
+    with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
         output = loaded.model(
             input_ids=token_ids[None],
             position_ids=positions[None],

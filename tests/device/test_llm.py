@@ -233,3 +233,13 @@ def test_torchs_default_dtype_is_not_the_engines(eviction, pack_weights):
         assert tokens() == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("prompt_len", [5, 200])
+def test_autocast_is_not_the_engines(prompt_len):
+    prompt = [i % 250 for i in range(prompt_len)]  # the longer one is multiplied by torch
+    plain = LLM("tiny-random", num_blocks=32).generate([prompt], GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = LLM("tiny-random", num_blocks=32).generate([prompt], GREEDY)
+    assert cast[0].finish_reason == "length"
+    assert cast[0].token_ids == plain[0].token_ids
