@@ -103,14 +103,12 @@ class Tenants:
         return number
 
     def charge(self, tenants: Int32, tokens: Int32 | int) -> None:
-        """Count tokens served: [N] tenants, [N] tokens, or so many each."""
+        """Count tokens served: [N] tenants, [N] tokens, or so many each. O(N)."""
         if len(self._ids) == 1:
             self._served[0] += tokens * len(tenants) if isinstance(tokens, int) else tokens.sum()
             return
-        if isinstance(tokens, int):
-            tokens = np.full(len(tenants), tokens, np.int32)
-        total = np.bincount(tenants, tokens, minlength=len(self._served))
-        self._served += total.astype(np.int64)
+        # Counted in the sums' own type: numpy adds any other ten times as slowly.
+        np.add.at(self._served, tenants, np.asarray(tokens, np.int64))
 
 
 def _fault(entry: str, remedy: str) -> ConfigError:
