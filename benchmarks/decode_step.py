@@ -34,7 +34,8 @@ from pagedkv.core.scheduler import Scheduler
 from pagedkv.device import executor, passes, turned
 from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.cpu import layer as native_layer
-from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model
 from pagedkv.device.operators import CpuPagedOp
 from pagedkv.device.passes import Pass
 from pagedkv.device.store import KVStore

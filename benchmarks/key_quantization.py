@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import pagedkv
 from pagedkv.cli.machine import machine, versions
-from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model
 from pagedkv.device.quantize import dequantize, quantize
 
 OWN_TEXT = Path(pagedkv.__file__).parent / "cli" / "texts" / "moby_dick_1_2.txt"

@@ -26,8 +26,9 @@ from pagedkv import CacheConfig, EngineConfig, Request, SamplingParams, Schedule
 from pagedkv.cli.machine import machine, versions
 from pagedkv.device.assembly import assemble
 from pagedkv.device.executor import TorchExecutor
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.meter import Meter, Work, run_without_cache
-from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.models import load_model
 
 SEED = 0
 ROWS = (

@@ -13,7 +13,7 @@ from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Int32
 from pagedkv.core.request import FinishedSequence, Request, SamplingParams
 from pagedkv.device.assembly import assemble
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.errors import InvalidRequest
 from pagedkv.timeline import CACHED, FREE, Timeline, TimelineRecorder
 

@@ -5,7 +5,7 @@ from pagedkv.core.engine import Engine
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.poison import Poison
 from pagedkv.device.sizing import fitted
 from pagedkv.device.store import KVStore, storage_dtype

@@ -7,17 +7,15 @@ an extra keyword. Nothing is registered at import and nothing is global but that
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.utils import logging
 
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.errors import UnsupportedBackend
-
-if TYPE_CHECKING:
-    from pagedkv.device.models import LoadedModel
 
 __all__ = [
     "ATTENTION_NAME",
@@ -159,7 +157,7 @@ def paged_attention(
         raise UnsupportedBackend(
             "the model was called without a pagedkv step",
             where=_place(module),
-            remedy="call it through pagedkv.device.models.forward or an executor",
+            remedy="call it through pagedkv.device.bridge.forward or an executor",
         )
     _refuse_unknown(module, attention_mask, dropout, extra)
     if isinstance(step, Recorder):
@@ -208,7 +206,7 @@ def _refuse_unknown(
 
 
 def forward(
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     token_ids: Tensor,
     positions: Tensor,
     step: AttentionStep,

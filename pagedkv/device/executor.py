@@ -12,7 +12,7 @@ from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.bias import Send
 from pagedkv.device.bridge import forward
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.operators import CpuPagedOp, PagedOp
 from pagedkv.device.poison import Poison
 from pagedkv.device.prompt_scores import score_prompt

@@ -28,7 +28,8 @@ from pagedkv.device.inputs import (
     per_prompt,
     unpacked,
 )
-from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model
 from pagedkv.device.outputs import RequestOutput, ScoreOutput
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition
 from pagedkv.eviction import Policy, format_policy

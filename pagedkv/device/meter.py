@@ -16,7 +16,7 @@ from pagedkv.core.request import Request, SamplingParams
 from pagedkv.device.assembly import assemble
 from pagedkv.device.bridge import ATTENTION_NAME, AttentionStep
 from pagedkv.device.executor import TorchExecutor
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 
 __all__ = ["Meter", "Work", "run_without_cache"]
 

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pagedkv.device import packing
-from pagedkv.device.bridge import ATTENTION_NAME, AttentionStep, forward, progress_bars, register
+from pagedkv.device.bridge import ATTENTION_NAME, progress_bars, register
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.layers import substitute_layers
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.probe import probe
 from pagedkv.device.substitutes import substitute
 from pagedkv.device.support import check_config
@@ -32,49 +33,13 @@ from pagedkv.device.tiny import TINY_MODELS, byte_tokenizer, tiny_config, tiny_m
 from pagedkv.device.weights import KNOWN_MODELS, converted_gguf, pull
 from pagedkv.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedBackend
 
-__all__ = ["AttentionStep", "LoadedModel", "ModelGeometry", "forward", "load_model"]
+__all__ = ["load_model"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Never pickled weights: a model file must not be able to run code.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model that can be run through `forward`.
-
-    Attributes:
-        model: A transformers causal language model in eval mode whose parameters need no gradient,
-            with `attn_implementation="pagedkv"`; on the CPU in fp32, some of its parts are
-            replaced by native code that computes the same (`substitutes`).
-        tokenizer: Its tokenizer, or None if its files bring none.
-        name: What it was asked for by.
-        geometry: Its attention's shape.
-        narrows_logits: It can compute logits for chosen rows only (`logits_to_keep`).
-    """
-
-    model: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
-    name: str
-    geometry: ModelGeometry
-    narrows_logits: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
-
-    @property
-    def dtype_name(self) -> str:
-        """The same in words: ``float32``."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
 
 def load_model(

@@ -7,18 +7,16 @@ queries is the layer's rotation, and it can be held against the model's own freq
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagedkv.device.bridge import Call, Recorder, forward
 from pagedkv.device.geometry import ModelGeometry
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.support import read_config, text_config
 from pagedkv.errors import UnsupportedBackend
-
-if TYPE_CHECKING:
-    from pagedkv.device.models import LoadedModel
 
 __all__ = ["probe"]
 
@@ -26,7 +24,7 @@ __all__ = ["probe"]
 _CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 
 
-def probe(loaded: "LoadedModel") -> ModelGeometry:
+def probe(loaded: LoadedModel) -> ModelGeometry:
     """Call the model once on two tokens and describe it. The model is left as it was.
 
     Raises:
@@ -62,7 +60,7 @@ def _refusal(name: str, config: Any, problem: str) -> UnsupportedBackend:
     )
 
 
-def _call(loaded: "LoadedModel", config: Any) -> tuple[Recorder, int]:
+def _call(loaded: LoadedModel, config: Any) -> tuple[Recorder, int]:
     """One forward of one token at positions 0 and 1: what was asked, and the logits' width."""
     recorder, device = Recorder(), loaded.model.device
     # A token from the middle of the vocabulary: padding tokens may have an all-zero embedding.
@@ -118,7 +116,7 @@ def _trained_positions(name: str, config: Any) -> int:
     )
 
 
-def _eos_token_ids(loaded: "LoadedModel", config: Any) -> tuple[int, ...]:
+def _eos_token_ids(loaded: LoadedModel, config: Any) -> tuple[int, ...]:
     """Whatever the generation config, else the config, else the tokenizer calls an end."""
     generation = getattr(loaded.model, "generation_config", None)
     for source in (generation, config, loaded.tokenizer):

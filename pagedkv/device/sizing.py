@@ -7,7 +7,7 @@ from pagedkv.config import CacheConfig, EngineConfig, ModelConfig
 from pagedkv.core.groups import group_layout
 from pagedkv.device import memory
 from pagedkv.device.geometry import ModelGeometry
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.store import bytes_per_block, check_memory
 from pagedkv.errors import ConfigError
 

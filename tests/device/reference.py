@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pagedkv.device.models import LoadedModel
+from pagedkv.device.loaded import LoadedModel
 
 __all__ = ["DenseStep", "greedy", "kept_logits", "packed", "reference_logits", "reference_model"]
 
@@ -105,7 +105,7 @@ def packed(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
 
 def greedy(loaded: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:
     """Greedy continuation of one prompt through a DenseStep, end of sequence ignored."""
-    from pagedkv.device.models import forward
+    from pagedkv.device.bridge import forward
 
     step = DenseStep(loaded.geometry.sliding_window)
     written: list[int] = []

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from pagedkv.device.bridge import register
-from pagedkv.device.models import LoadedModel, _examined, forward
+from pagedkv.device.bridge import forward, register
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import _examined
 from pagedkv.device.support import OBSTACLES, check_config
 from pagedkv.errors import UnsupportedBackend
 

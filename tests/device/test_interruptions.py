@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pagedkv import LLM, InvalidTransition, SamplingParams
-from pagedkv.device.models import LoadedModel, load_model
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model
 
 PROMPTS = [[7 * i + j for j in range(9)] for i in range(4)]
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pagedkv.device.bridge import Recorder, paged_attention
+from pagedkv.device.bridge import Recorder, forward, paged_attention
 from pagedkv.device.dispatch import choose_operator
-from pagedkv.device.models import LoadedModel, forward, load_model, usual_dtype
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model, usual_dtype
 from pagedkv.device.probe import _turn
 from pagedkv.device.tiny import TINY_MODELS, byte_tokenizer, tiny_model
 from pagedkv.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedBackend

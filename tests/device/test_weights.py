@@ -15,8 +15,10 @@ import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pagedkv.device import weights
+from pagedkv.device.bridge import forward
 from pagedkv.device.conversion import read_gguf_header
-from pagedkv.device.models import LoadedModel, forward, load_model
+from pagedkv.device.loaded import LoadedModel
+from pagedkv.device.models import load_model
 from pagedkv.device.tiny import TINY_MODELS
 from pagedkv.errors import CorruptModel, ModelNotFound, UnsupportedBackend
 
