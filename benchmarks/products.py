@@ -5,7 +5,8 @@
 
 Shapes are inputs x outputs; the default ones are SmolLM2-135M's. Each contender goes through
 several matrices in turn, so that they come from memory as in a model; of all rounds the best
-counts. Random weights are packed in fp32: those of a GGUF can lie in bytes, which is faster still.
+counts, once all contenders agree. Random weights are packed in fp32: those of a GGUF can lie in
+bytes, which is faster still.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pagedkv.device.cpu.linear import get_ready, multiply, pack
 NUMBERS = 1 << 23  # of the matrices together: more than caches hold
 
 
-def best(rounds: int, contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+def best(rounds: int, contenders: dict[str, Callable[[], list[torch.Tensor]]]) -> dict[str, float]:
     """Return each one's seconds in its best round; they take turns."""
     seconds = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
@@ -33,6 +34,7 @@ def best(rounds: int, contenders: dict[str, Callable[[], object]]) -> dict[str, 
     return seconds
 
 
+@torch.no_grad()
 def measure(inputs: int, outputs: int, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return milliseconds of one product by contender."""
     generator = torch.Generator().manual_seed(options.seed)
@@ -40,14 +42,15 @@ def measure(inputs: int, outputs: int, rows: int, options: argparse.Namespace) -
     plain = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]
     packed = [pack(weight) for weight in plain]
     x = torch.randn(rows, inputs, generator=generator)
-    seconds = best(
-        options.rounds,
-        {
-            "torch": lambda: [torch.nn.functional.linear(x, weight) for weight in plain],
-            "plain": lambda: [multiply(x, weight, outputs) for weight in plain],
-            "packed": lambda: [multiply(x, panels, outputs) for panels in packed],
-        },
-    )
+    contenders: dict[str, Callable[[], list[torch.Tensor]]] = {
+        "torch": lambda: [torch.nn.functional.linear(x, weight) for weight in plain],
+        "plain": lambda: [multiply(x, weight, outputs) for weight in plain],
+        "packed": lambda: [multiply(x, panels, outputs) for panels in packed],
+    }
+    first, *others = (contender() for contender in contenders.values())
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-3, rtol=1e-4)
+    seconds = best(options.rounds, contenders)
     each = {name: 1e3 * taken / count for name, taken in seconds.items()}
     print(f"{inputs:6} x {outputs:<6}{rows:5}", end="")
     print("".join(f"{ms:10.3f}" for ms in each.values()), end="")
@@ -71,7 +74,6 @@ def main() -> None:
     options = parser.parse_args()
     check_writable(options.json)
     torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
     get_ready()
     host = machine()
     print(f"{host['cpu']}, {options.threads} threads, seed {options.seed}")
