@@ -22,7 +22,7 @@ class HostBlocks:
     def __init__(self, pool: Tensor, num_blocks: int) -> None:
         shape = (num_blocks, len(pool), *pool.shape[2:])
         pinned = pool.device.type == "cuda"
-        self._blocks = torch.empty(shape, dtype=pool.dtype, pin_memory=pinned)
+        self._blocks = torch.empty(shape, dtype=pool.dtype, device="cpu", pin_memory=pinned)
         self._stream: torch.cuda.Stream | None = None
         if pinned:
             self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]

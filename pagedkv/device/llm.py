@@ -42,6 +42,9 @@ _TEACHER_FORCED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=
 class LLM:
     """A model served from a pool of KV blocks.
 
+    For one thread at a time; and not for a child that was forked after it ran, where torch's own
+    threads are gone and whoever waits for them waits for ever.
+
     Args:
         model: A known name, ``tiny-random``, a local directory, a GGUF file or a hub id; or what
             `load_model` gave, which several of these may share.

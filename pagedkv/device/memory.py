@@ -24,12 +24,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         # Shared memory, mmap's default, has no huge pages unless the administrator says so.
         memory = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        return torch.empty(shape, dtype=dtype)  # which raises torch's error if there is no room
+        return torch.empty(
+            shape, dtype=dtype, device="cpu"
+        )  # which raises torch's error if there is no room
     with contextlib.suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)

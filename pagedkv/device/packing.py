@@ -117,7 +117,9 @@ def _packed(plain: Any, shared: bool, where: str) -> PackedLinear:
 def _difference(packed: nn.Linear, plain: nn.Linear) -> str:
     """Say how the two differ on random rows, if by more than rounding; else ""."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, plain.in_features, generator=generator, dtype=torch.float32)
+    probe = torch.randn(
+        3, plain.in_features, generator=generator, dtype=torch.float32, device="cpu"
+    )
     with torch.no_grad():
         expected, found = plain(probe), packed(probe)
     bound = 1e-4 * float(expected.abs().max())

@@ -112,8 +112,8 @@ def run(
 def _seen(batch: Batch, b: int) -> torch.Tensor:
     """bool[queries, keys]: which keys of sequence b each of its queries sees."""
     limits = [batch.limit(b, i) for i in range(int(np.diff(batch.query_start)[b]))]
-    limit = torch.tensor(limits, dtype=torch.int64)[:, None]
-    key = torch.arange(int(batch.resident[b]))
+    limit = torch.from_numpy(np.array(limits, np.int64))[:, None]
+    key = torch.arange(int(batch.resident[b]), device="cpu")
     seen = key < limit
     return seen & (key >= limit - batch.window) if batch.window else seen
 

@@ -118,7 +118,7 @@ def _likeliest(x: Tensor) -> tuple[Int32, Tensor]:
     """Return each row's likeliest token, -1 where that is no number, and its logit."""
     # Of equal logits both take the first. numpy's argmax is vectorised; torch's is 7 times slower.
     on_cpu = x.device.type == "cpu"
-    best = torch.as_tensor(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
+    best = torch.from_numpy(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
     peak = x.gather(1, best[:, None])[:, 0]
     return fetch(torch.where(peak.isfinite(), best, -1).int()), peak
 
@@ -162,7 +162,7 @@ class _Draw(NamedTuple):
         # What is above 0 as asked may be 0 in fp32, and the likeliest token always stays.
         top_p = np.maximum(batch.top_p[rows], np.finfo(np.float32).tiny)
         columns = (batch.temperature[rows], k, top_p, batch.min_p[rows], uniform)
-        return cls(*(torch.as_tensor(column).to(device) for column in columns))
+        return cls(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def _drawn(x: Tensor, peak: Tensor, batch: SamplingBatch, rows: _Index) -> Int32:
@@ -316,7 +316,7 @@ def _flat_nonzero(mask: Tensor) -> Tensor:
     # numpy finds the few set bytes of a mask 5 times as fast as torch on a CPU.
     if mask.device.type != "cpu":
         return mask.view(-1).nonzero()[:, 0]
-    return torch.as_tensor(np.flatnonzero(mask.numpy()))
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def _sorted_rows(keys: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Staging:
 
     def _begin(self, capacity: int) -> None:
         pinned = self._device.type == "cuda"
-        self._host = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
+        self._host = torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._there = torch.empty(capacity, dtype=torch.uint8, device=self._device)
         self._used = 0
 

@@ -202,4 +202,6 @@ def alike(theirs: Callable[[], tuple[Tensor, ...]], ours: Callable[[], tuple[Ten
 
 
 def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    """Return fp32 numbers on the CPU, as native code takes them, whatever torch's defaults are."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -154,14 +154,16 @@ def tiny_model(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -
     """Build a tiny model in fp32 on the CPU; 0.3 to 1.7 million parameters, some 20 ms.
 
     The weights depend on `seed` and on nothing else: not on the global generator, which is left as
-    it was, nor on the attention implementation or the order of the parameters.
+    it was, nor on torch's defaults, the attention implementation or the order of the parameters.
 
     Raises:
         ModelNotFound: `name` is not a key of `TINY_MODELS`.
     """
     config = tiny_config(name)
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation
+        )
     for parameter_name, parameter in model.named_parameters():
         _draw(parameter_name, parameter.data, seed)
     model.eval()
@@ -172,7 +174,7 @@ def _draw(name: str, weight: torch.Tensor, seed: int) -> None:
     """Fill one parameter in place, from a generator of its own."""
     # torch's CPU generator looks at 32 bits of its seed only, so seed and name are hashed together.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    noise = torch.randn(weight.shape, generator=generator)
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
     if weight.ndim == 1:
         # Norm gains near 1 and biases near 0, but off them, so that a lost one shows.
         gain = 0.0 if name.endswith("bias") else 1.0

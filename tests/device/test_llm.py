@@ -216,23 +216,36 @@ def test_a_policy_may_be_given_to_the_engine_as_an_object():
     assert one.token_ids == other.token_ids
 
 
+@pytest.fixture
+def defaults():
+    """What an embedder may have set, put back afterwards."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("defaults")
 @pytest.mark.parametrize("eviction", ["full", "sinks=4 + budget=12"])
 @pytest.mark.parametrize("pack_weights", ["none", "all"])
-def test_torchs_default_dtype_is_not_the_engines(eviction, pack_weights):
-    """Whoever embeds this may have set another; native code writes fp32 all the same."""
-    loaded = load_model("tiny-random", pack_weights=pack_weights, progress=False)
-    llm = LLM(loaded, block_size=4, num_blocks=256, eviction=eviction)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_are_not_the_engines(eviction, pack_weights, dtype):
+    """Native code writes fp32 to host memory all the same: before, while and after it loads."""
 
-    def tokens():
+    def load():
+        loaded = load_model("tiny-random", pack_weights=pack_weights, progress=False)
+        return LLM(loaded, block_size=4, num_blocks=256, eviction=eviction)
+
+    def tokens(llm):
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         return [out.token_ids for out in llm.generate([list(range(100)), [1, 2, 3]], sampling)]
 
-    expected = tokens()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        assert tokens() == expected
-    finally:
-        torch.set_default_dtype(torch.float32)
+    llm = load()
+    expected = tokens(llm)
+    torch.set_default_dtype(dtype)
+    assert tokens(load()) == tokens(llm) == expected
+    llm.scheduler.reset_prefix_cache()
+    torch.set_default_device("meta")
+    assert tokens(llm) == expected
 
 
 @pytest.mark.parametrize("prompt_len", [5, 200])

@@ -48,7 +48,7 @@ def encode(weight: Tensor, columns: int) -> Tensor | None:
 def _encoded(panels: Tensor, steps: int, offset: bool) -> Tensor | None:
     """What `encode` returns, for one format and panels [P, columns, groups, GROUP]."""
     count, columns, groups, _ = panels.shape
-    out = torch.empty(count, groups, GROUP_BYTES * columns, dtype=torch.int8)
+    out = torch.empty(count, groups, GROUP_BYTES * columns, dtype=torch.int8, device="cpu")
     some = max(_AT_ONCE // panels[0].numel(), 1)
     for part, to in zip(torch.split(panels, some), torch.split(out, some), strict=True):
         coded = _coded(part, steps, offset)

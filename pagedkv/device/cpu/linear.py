@@ -26,6 +26,7 @@ from .codes import GROUP, GROUP_BYTES, decode, encode
 from .kernel import run
 from .native import compile_native, sources
 from .product import HEIGHT, dots, product, product_onto
+from .room import room
 from .simd import (
     LANES,
     Address,
@@ -233,7 +234,7 @@ def pack(weight: Tensor) -> Tensor:
     [P, inputs, COLUMNS].
     """
     outputs, inputs = weight.shape
-    whole = torch.zeros(-(-outputs // COLUMNS) * COLUMNS, inputs, dtype=torch.float32)
+    whole = room(-(-outputs // COLUMNS) * COLUMNS, inputs).zero_()
     whole[:outputs] = weight
     coded = encode(whole, COLUMNS)
     if coded is not None:
@@ -296,12 +297,12 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
     blocks = -(-tokens // height)
     whole = blocks * height
     if whole != tokens:
-        padded = torch.zeros(whole, inputs, dtype=torch.float32)
+        padded = room(whole, inputs).zero_()
         padded[:tokens] = rows
         rows = padded
     rows = rows.contiguous()
     width = params[OUT_STRIDE] // 4
-    out = torch.empty(whole, width, dtype=torch.float32)
+    out = room(whole, width)
     params[ROWS], params[OUT], params[NUM_BLOCKS] = rows.data_ptr(), out.data_ptr(), blocks
     if blocks:
         run(worker(), addressof(params), threads)

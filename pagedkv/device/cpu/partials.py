@@ -18,6 +18,7 @@ from pagedkv.core.arrays import Int64
 
 from .kernel import run
 from .native import compile_native, sources
+from .room import room
 from .rowwise import copy, rotate_head
 from .simd import (
     LANES,
@@ -226,7 +227,7 @@ class Turn:
         """
         _, heads, dim = query.shape
         step, head_step, _ = query.stride()
-        out = torch.empty(self._count, heads, dim, dtype=torch.float32)
+        out = room(self._count, heads, dim)
         self._params[NEXT] = 0
         self._params[QUERY:] = [
             query.data_ptr(),
@@ -277,10 +278,10 @@ class Merge:
         """
         _, heads, dim = answers[0][0].shape
         tokens, width = self._tokens, self._width
-        out = torch.empty(tokens, heads, dim, dtype=torch.float32)
-        lse = torch.empty(heads, tokens, dtype=torch.float32)
+        out = room(tokens, heads, dim)
+        lse = room(heads, tokens)
         wanted = answers[0][2] is not None
-        entries = torch.empty(tokens, heads, width, dtype=torch.float32) if wanted else None
+        entries = room(tokens, heads, width) if wanted else None
         fields: list[c_int64 | int] = [tokens, heads, dim, width, out.data_ptr(), lse.data_ptr()]
         fields.append(0 if entries is None else entries.data_ptr())
         whole = [[None if x is None else x.contiguous() for x in answer] for answer in answers]

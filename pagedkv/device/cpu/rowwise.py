@@ -14,6 +14,7 @@ from numba import types
 from torch import Tensor
 
 from .native import compile_native, sources
+from .room import room
 from .simd import (
     LANES,
     Address,
@@ -235,8 +236,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     kv_heads = k.shape[1]
     _, q_head, q_token, _ = q.stride()
     _, k_head, k_token, _ = k.stride()
-    turned_q = torch.empty(1, tokens, heads, dim, dtype=torch.float32)
-    turned_k = torch.empty(1, tokens, kv_heads, dim, dtype=torch.float32)
+    turned_q = room(1, tokens, heads, dim)
+    turned_k = room(1, tokens, kv_heads, dim)
     _compiled("rotate")(
         q.data_ptr(),
         k.data_ptr(),
