@@ -19,6 +19,8 @@ from pagedkv.errors import UnsupportedBackend
 
 __all__ = [
     "ATTENTION_NAME",
+    "HARMLESS",
+    "READY_NAME",
     "AttentionStep",
     "Call",
     "Recorder",
@@ -29,13 +31,16 @@ __all__ = [
 ]
 
 ATTENTION_NAME = "pagedkv"
+# What a forward's native layers share: `layers.Ready`.
+READY_NAME = "pagedkv_ready"
 
 # Keywords that models pass along to every attention function and that change nothing here: masks
 # and windows are the step's own business (the geometry says them), positions are already in the
 # rotated query and key. Any other keyword with a value is refused, because ignoring it would give
 # wrong logits without a word.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
+        READY_NAME,
         "cache_position",
         "deterministic",
         "layer_idx",
@@ -187,7 +192,7 @@ def _refuse_unknown(
     asked = [
         name
         for name, value in extra.items()
-        if name not in _HARMLESS and name != "is_causal" and value is not None
+        if name not in HARMLESS and name != "is_causal" and value is not None
     ]
     if attention_mask is not None:
         asked.append("attention_mask")
@@ -229,6 +234,8 @@ def forward(
         UnsupportedBackend: A layer asks for attention that pagedkv's operators lack.
     """
     narrow = {"logits_to_keep": logits_index} if loaded.narrows_logits else {}
+    ready = getattr(loaded.model, "pagedkv_ready", None)
+    shared = {} if ready is None else {READY_NAME: ready()}
     # Autocast around the step would hand native code another type than the model was loaded in.
     with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
         output = loaded.model(
@@ -237,6 +244,7 @@ def forward(
             attention_mask=None,
             use_cache=False,
             **{ATTENTION_NAME: step},
+            **shared,
             **narrow,
         )
     logits: Tensor = output.logits[0]

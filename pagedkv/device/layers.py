@@ -5,6 +5,8 @@ same bits, tried on random numbers with a made-up attention. In steps of few tok
 then not called, unless somebody has changed one or put a hook on it.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from operator import is_, methodcaller
 from types import MethodType
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pagedkv.device.bridge import ATTENTION_NAME, paged_attention
+from pagedkv.device.bridge import ATTENTION_NAME, HARMLESS, READY_NAME, AttentionStep
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.packing import PackedLinear
 from pagedkv.device.substitutes import MOST, epsilon_of, is_replaced, linear, native, noise
@@ -25,7 +27,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-
+_USUAL = HARMLESS | {ATTENTION_NAME, "attention_mask", "past_key_values"}
 
 _own_forward = methodcaller("get", "forward")
 
@@ -55,6 +57,7 @@ class _Native:
 
         norms, weights = modules[:4], modules[4:]
         self.attention = layer.self_attn
+        self.hooks = layer._forward_hooks, layer._forward_pre_hooks
         self.calls = Layer(
             [None if n is None else Norm(n.weight.detach(), epsilon_of(n) or 0.0) for n in norms],
             [
@@ -63,8 +66,9 @@ class _Native:
             ],
             self.attention.head_dim,
         )
-        self._most = MOST if all(map(_is_packed, weights)) else MOST_PLAIN_ROWS
-        # What `_is_unchanged` compares: some fifty things for every layer of a step, so by maps.
+        most = MOST if all(map(_is_packed, weights)) else MOST_PLAIN_ROWS
+        self.most = min(most, MOST // self.calls.shape.width)
+        # What `is_unchanged` compares: some fifty things for every layer of a step, so by maps.
         self._parents = [p._modules for p in (layer, layer.self_attn, layer.mlp)]
         self._modules = self._current()
         real = [module for module in self._modules if module is not None]
@@ -84,22 +88,17 @@ class _Native:
     def _current(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._parents))]
 
-    def takes(self, hidden: Tensor, angles: Any) -> bool:
-        """Whether native code is for a step: one row of few tokens, through an unchanged layer."""
-        if not (native(hidden) and type(angles) is tuple and not self.attention.training):
-            return False
-        batch, tokens, _ = hidden.shape
-        turned = angles[0].shape
-        return (
-            batch == 1
-            and tokens <= min(self._most, MOST // self.calls.width)
-            and turned[:2] == (1, tokens)
-            and turned[2] <= self.attention.head_dim
-            and all(native(x) and x.is_contiguous() for x in (hidden, *angles))
-            and self._is_unchanged()
-        )
+    def step(self, angles: Any) -> Any:
+        """Return what layers of this shape share in a step of few tokens; None in others."""
+        from pagedkv.device.cpu.layer import Step
 
-    def _is_unchanged(self) -> bool:
+        if type(angles) is not tuple or not all(native(x) and x.is_contiguous() for x in angles):
+            return None
+        (batch, tokens, width), head_dim = angles[0].shape, self.attention.head_dim
+        few = batch == 1 and tokens <= self.most and width <= head_dim
+        return Step(self.calls.shape, *angles) if few else None
+
+    def is_unchanged(self) -> bool:
         """Whether modules and tensors are those that were loaded, and lie where they lay."""
         return (
             self._current() == self._modules
@@ -112,17 +111,54 @@ class _Native:
     def forward(
         self,
         hidden: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **extra: Any,
-    ) -> Tensor:
-        """What the layer computes, with the attention that comes along in `extra`."""
-        query, key, value = self.calls.before(hidden, *position_embeddings)
-        attended, _ = paged_attention(
-            self.attention, query, key, value, attention_mask, self.attention.scaling, **extra
-        )
-        return self.calls.after(hidden, attended.contiguous())
+        ready: "Ready",
+        attend: AttentionStep,
+        angles: Any,
+    ) -> Tensor | None:
+        """What the layer computes; None if that is for its modules."""
+        step, attention = ready.step(self, angles), self.attention
+        if (
+            step is None
+            or not native(hidden)
+            or not hidden.is_contiguous()
+            or hidden.shape[:2] != angles[0].shape[:2]
+            or attention.training
+            or not getattr(attention, "is_causal", True)
+            or not ready.is_unchanged(self)
+        ):
+            return None
+        query, key, value = self.calls.before(step, hidden)
+        attended = attend.attend(attention.layer_idx, query, key, value, attention.scaling)
+        return self.calls.after(step, hidden, attended.contiguous())
+
+
+class Ready:
+    """What a model's native layers share in one forward, so that each need not find it out.
+
+    Args:
+        layers: All of them, or none: then each is looked at by itself.
+    """
+
+    def __init__(self, layers: Sequence[_Native | None] = ()) -> None:
+        self._layers = layers
+        self._unchanged: set[_Native] | None = None
+        self._steps: dict[Any, Any] = {}
+
+    def step(self, layer: _Native, angles: Any) -> Any:
+        """Return what layers of this shape and these angles share; None if they are called."""
+        key = layer.calls.shape, layer.most, id(angles)
+        if key not in self._steps:
+            self._steps[key] = angles, layer.step(angles)  # the id is taken as long as they live
+        return self._steps[key][1]
+
+    def is_unchanged(self, layer: _Native) -> bool:
+        """Whether a layer is what it was when it was loaded; all are looked at at once."""
+        if self._unchanged is None:
+            # What a hook on one layer does may change the next.
+            layers = [each for each in self._layers if each is not None]
+            hooked = any(chain.from_iterable(each.hooks for each in layers))
+            self._unchanged = set() if hooked else {x for x in layers if x.is_unchanged()}
+        return layer in self._unchanged or layer.is_unchanged()
 
 
 def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
@@ -133,6 +169,7 @@ def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
 
     Cost: the products of each layer twice, for a few tokens.
     """
+    layers = []
     for module in model.modules():
         parts = _parts(module)
         if parts is None or not _has_threads():
@@ -141,6 +178,9 @@ def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
         if _same(module, found, geometry):
             module.pagedkv_native = found
             module.forward = MethodType(_forward, module)
+            layers.append(found)
+    if layers:
+        model.pagedkv_ready = partial(Ready, layers)
 
 
 def _has_threads() -> bool:
@@ -185,16 +225,23 @@ def _is_plain(module: Any) -> bool:
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of decoder layers that were replaced."""
     found: _Native | None = self.pagedkv_native
-    step = kwargs.get(ATTENTION_NAME)  # without one, somebody else attends
-    usual = not args and step is not None and kwargs.get("past_key_values") is None
-    if (
-        found is not None
-        and usual
-        and found.takes(hidden_states, kwargs.get("position_embeddings"))
-    ):
-        return found.forward(hidden_states, **kwargs)
+    attend = kwargs.get(ATTENTION_NAME)  # without one, somebody else attends
+    if found is not None and attend is not None and not args and _is_usual(kwargs):
+        ready = kwargs.get(READY_NAME) or Ready()
+        made = found.forward(hidden_states, ready, attend, kwargs.get("position_embeddings"))
+        if made is not None:
+            return made
     out: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
     return out
+
+
+def _is_usual(asked: dict[str, Any]) -> bool:
+    """Whether nothing is asked of attention that the modules would have to look at."""
+    return (
+        asked.get("past_key_values") is None
+        and asked.get("attention_mask") is None
+        and asked.keys() <= _USUAL
+    )
 
 
 def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
@@ -207,7 +254,7 @@ def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
     asked: dict[str, Any] = {
         "position_embeddings": (noise(1, tokens, width), noise(1, tokens, width)),
         "attention_mask": None,
-        "position_ids": torch.arange(tokens)[None],
+        "position_ids": torch.arange(tokens, device="cpu")[None],
         "past_key_values": None,
         "use_cache": False,
         ATTENTION_NAME: _Made(),
@@ -217,6 +264,5 @@ def _same(module: Any, found: _Native, geometry: ModelGeometry) -> bool:
             expected = type(module).forward(module, hidden, **asked)
         except (TypeError, ValueError, RuntimeError, AttributeError, UnsupportedBackend):
             return False  # it is called otherwise, or its attention wants more than ours does
-        return isinstance(expected, Tensor) and torch.equal(
-            expected, found.forward(hidden, **asked)
-        )
+        made = found.forward(hidden, Ready(), asked[ATTENTION_NAME], asked["position_embeddings"])
+        return isinstance(expected, Tensor) and made is not None and torch.equal(expected, made)

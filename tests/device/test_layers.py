@@ -2,6 +2,8 @@
 
 import copy
 import gc
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 from transformers.activations import ACT2FN
 
 from pagedkv import LLM, SamplingParams, UnsupportedBackend
-from pagedkv.device.bridge import ATTENTION_NAME, register
+from pagedkv.device.bridge import ATTENTION_NAME, forward, register
 from pagedkv.device.cpu import kernel, linear, partials
 from pagedkv.device.cpu.rowwise import put_rows
-from pagedkv.device.layers import _Made
+from pagedkv.device.layers import _Made, _Native
 from pagedkv.device.models import _examined, load_model
 from pagedkv.device.packing import pack_weights
 from tests.device.reference import kept_logits
@@ -118,6 +120,84 @@ def test_a_served_model_computes_the_same_logits_with_and_without(which):
         return kept
 
     assert all(map(torch.equal, logits(True), logits(False)))
+
+
+class _Asked:
+    """An attention that keeps nothing and can be told what to do when it is asked."""
+
+    def __init__(self, then=lambda layer_idx: None):
+        self.attend_made, self.then = _Made().attend, then
+
+    def attend(self, layer_idx, query, *others):
+        self.then(layer_idx)
+        return self.attend_made(layer_idx, query, *others)
+
+
+def logits_of(loaded, step=None):
+    ids = torch.arange(5)
+    return forward(loaded, ids, ids, step or _Asked(), ids)
+
+
+def test_a_forward_looks_at_each_layer_once_and_calls_none_of_its_modules(monkeypatch):
+    loaded, looked = load_model("tiny-random", pack_weights="all"), Counter()
+    expected = logits_of(loaded)
+    is_unchanged = _Native.is_unchanged
+
+    def counted(native):
+        looked[native.attention.layer_idx] += 1
+        return is_unchanged(native)
+
+    def never(*args, **kwargs):
+        raise AssertionError("a module was called")
+
+    monkeypatch.setattr(_Native, "is_unchanged", counted)
+    for layer in loaded.model.model.layers:
+        monkeypatch.setattr(type(layer), "forward", never)
+    assert torch.equal(logits_of(loaded), expected)
+    assert looked == dict.fromkeys(range(len(loaded.model.model.layers)), 1)
+
+
+def test_every_forward_looks_anew():
+    loaded = load_model("tiny-random", pack_weights="all")
+    before = logits_of(loaded)
+    last = loaded.model.model.layers[-1]
+    double(last.input_layernorm, "weight")
+    after = logits_of(loaded)
+    assert not torch.allclose(before, after)
+    del last.forward
+    assert torch.equal(logits_of(loaded), after)
+
+
+def test_what_a_hook_on_a_layer_changes_counts_at_once():
+    loaded = load_model("tiny-random", pack_weights="all")
+    first, last = loaded.model.model.layers[0], loaded.model.model.layers[-1]
+    before = logits_of(loaded)
+    first.register_forward_hook(lambda *call: double(last.input_layernorm, "weight"))
+    assert not torch.allclose(logits_of(loaded), before)
+
+
+def test_a_copy_of_a_model_calls_its_modules():
+    loaded = load_model("tiny-random", pack_weights="all")
+    other = replace(loaded, model=copy.deepcopy(loaded.model))
+    assert torch.equal(logits_of(other), logits_of(loaded))
+    double(loaded.model.model.layers[0].input_layernorm, "weight")
+    assert not torch.allclose(logits_of(other), logits_of(loaded))
+
+
+@pytest.mark.parametrize("beyond", [{"attention_mask": torch.ones(5, 5)}, {"softcap": 3.0}])
+def test_what_our_attention_refuses_is_refused(beyond):
+    layer = layers_of("tiny-random")[0]
+    hidden, extra = asked(layer, 5)
+    with pytest.raises(UnsupportedBackend, match=next(iter(beyond))):
+        layer(hidden, **extra, **beyond)
+
+
+def test_an_attention_that_sees_what_follows_is_refused():
+    layer = layers_of("tiny-random")[0]
+    hidden, extra = asked(layer, 5)
+    layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedBackend, match="is_causal"):
+        layer(hidden, **extra)
 
 
 @pytest.mark.parametrize("change", ["gate", "residual", "norm"])

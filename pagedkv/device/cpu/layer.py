@@ -9,7 +9,7 @@ in the same order as when each is called from Python: the result is the same, bi
 from ctypes import addressof, c_int64
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .linear import (
 )
 from .native import compile_native, sources
 from .product import HEIGHT
+from .room import room
 from .rowwise import copy, gate_all, norm_rows, rotate_heads
 from .simd import (
     LANES,
@@ -49,7 +50,7 @@ from .simd import (
     store,
 )
 
-__all__ = ["Layer", "Norm", "Weight", "get_ready"]
+__all__ = ["Layer", "Norm", "Shape", "Step", "Weight", "get_ready"]
 
 # A weight, as int64: what `linear.describe` gives, and
 BIAS, OUTPUTS = HOW + 1, HOW + 2
@@ -62,8 +63,11 @@ BEFORE, AFTER, OF_Q, OF_K = range(4)
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
 NORMS, WEIGHTS = 0, 4 * _NORM
 DIM, _LAYER = WEIGHTS + 7 * _WEIGHT, WEIGHTS + 7 * _WEIGHT + 1
-# Who works: threads, OpenMP's entry, the product's worker.
+# A step: who works (threads, OpenMP's entry, the product's worker); its tokens and their angles;
+# where numbers lie between products, and how far behind its queries a layer's keys and values do.
 THREADS, PARALLEL, WORKER = range(3)
+TOKENS, COS, SIN, PAIRS, NORMED, GATES, UPS, KEYS_BEHIND, VALUES_BEHIND = range(3, 12)
+_STEP = VALUES_BEHIND + 1
 
 _call = stack(8 * (HOW + 1))
 
@@ -84,15 +88,13 @@ def _weight(layer: Address, which: int) -> Address:
 
 
 @kernel
-def _multiply(
-    layer: Address, which: int, team: Address, tokens: int, rows: Address, out: Address
-) -> None:
+def _multiply(layer: Address, which: int, step: Address, rows: Address, out: Address) -> None:
     """Multiply rows [tokens, inputs] by a weight, to out [tokens, outputs], and add its bias.
 
     Both have room for whole blocks of HEIGHT rows, and `out` for whole panels.
     """
     weight = _weight(layer, which)
-    call, how, height = _call(), get(weight, HOW), HEIGHT
+    call, how, height, tokens = _call(), get(weight, HOW), HEIGHT, get(step, TOKENS)
     for field in range(HOW):
         put(call + 8 * field, get(weight, field))
     if how == BYTES and tokens == 1:
@@ -106,8 +108,8 @@ def _multiply(
     put(call + 8 * OUT, out)
     put(call + 8 * NUM_BLOCKS, blocks)
     put(call + 8 * HOW, how)
-    if get(team, PARALLEL) != 0:
-        call_parallel(get(team, PARALLEL), get(team, WORKER), call, get(team, THREADS))
+    if get(step, PARALLEL) != 0:
+        call_parallel(get(step, PARALLEL), get(step, WORKER), call, get(step, THREADS))
     else:
         take_panels(call)
     if stride != 4 * outputs:
@@ -129,24 +131,14 @@ def _norm(layer: Address, which: int, source: Address, out: Address, count: int)
 
 
 @kernel
-def _before(
-    layer: Address,
-    team: Address,
-    tokens: int,
-    hidden: Address,
-    normed: Address,
-    q: Address,
-    k: Address,
-    v: Address,
-    cos: Address,
-    sin: Address,
-    pairs: int,
-) -> None:
-    dim = get(layer, DIM)
+def _before(layer: Address, step: Address, hidden: Address, q: Address) -> None:
+    dim, tokens, normed = get(layer, DIM), get(step, TOKENS), get(step, NORMED)
+    k, v = q + get(step, KEYS_BEHIND), q + get(step, VALUES_BEHIND)
     _norm(layer, BEFORE, hidden, normed, tokens * get(_weight(layer, QUERY), INPUTS))
-    _multiply(layer, QUERY, team, tokens, normed, q)
-    _multiply(layer, KEY, team, tokens, normed, k)
-    _multiply(layer, VALUE, team, tokens, normed, v)
+    _multiply(layer, QUERY, step, normed, q)
+    _multiply(layer, KEY, step, normed, k)
+    _multiply(layer, VALUE, step, normed, v)
+    cos, sin, pairs = get(step, COS), get(step, SIN), get(step, PAIRS)
     for which, norm, rows in ((QUERY, OF_Q, q), (KEY, OF_K, k)):
         heads = get(_weight(layer, which), OUTPUTS) // dim
         _norm(layer, norm, rows, rows, tokens * heads * dim)
@@ -154,27 +146,18 @@ def _before(
 
 
 @kernel
-def _after(
-    layer: Address,
-    team: Address,
-    tokens: int,
-    hidden: Address,
-    attended: Address,
-    out: Address,
-    normed: Address,
-    gates: Address,
-    ups: Address,
-) -> None:
-    """`gates` and `ups` have room for what was attended and for a product of the hidden size."""
+def _after(layer: Address, step: Address, hidden: Address, attended: Address, out: Address) -> None:
+    tokens, normed = get(step, TOKENS), get(step, NORMED)
+    gates, ups = get(step, GATES), get(step, UPS)
     size = tokens * get(_weight(layer, QUERY), INPUTS)
     copy(attended, gates, tokens * get(_weight(layer, OUTPUT), INPUTS))
-    _multiply(layer, OUTPUT, team, tokens, gates, ups)
+    _multiply(layer, OUTPUT, step, gates, ups)
     _add(hidden, ups, out, size)
     _norm(layer, AFTER, out, normed, size)
-    _multiply(layer, GATE, team, tokens, normed, gates)
-    _multiply(layer, UP, team, tokens, normed, ups)
+    _multiply(layer, GATE, step, normed, gates)
+    _multiply(layer, UP, step, normed, ups)
     gate_all(gates, ups, gates, tokens * get(_weight(layer, GATE), OUTPUTS))
-    _multiply(layer, DOWN, team, tokens, gates, ups)
+    _multiply(layer, DOWN, step, gates, ups)
     _add(out, ups, out, size)
 
 
@@ -183,17 +166,17 @@ def _compiled(name: str) -> Any:
     """One of the two, as ctypes calls it."""
     digest = sources()
 
-    def before(layer, team, tokens, hidden, normed, q, k, v, cos, sin, pairs):  # type: ignore[no-untyped-def]
+    def before(layer, step, hidden, q):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _before(layer, team, tokens, hidden, normed, q, k, v, cos, sin, pairs)
+        _before(layer, step, hidden, q)
 
-    def after(layer, team, tokens, hidden, attended, out, normed, gates, ups):  # type: ignore[no-untyped-def]
+    def after(layer, step, hidden, attended, out):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        _after(layer, team, tokens, hidden, attended, out, normed, gates, ups)
+        _after(layer, step, hidden, attended, out)
 
     if name == "before":
-        return compile_native(types.void(*[types.int64] * 11), before, name).ctypes
-    return compile_native(types.void(*[types.int64] * 9), after, name).ctypes
+        return compile_native(types.void(*[types.int64] * 4), before, name).ctypes
+    return compile_native(types.void(*[types.int64] * 5), after, name).ctypes
 
 
 def get_ready() -> None:
@@ -225,6 +208,55 @@ class Weight:
     bias: Tensor | None
 
 
+class Shape(NamedTuple):
+    """Sizes of a layer: layers that agree in them take the same `Step`.
+
+    Attributes:
+        hidden: Numbers of a token's hidden state.
+        dim: Of a head.
+        heads: Of queries, keys and values.
+        width: The most numbers of a token that come between the layer's products.
+    """
+
+    hidden: int
+    dim: int
+    heads: tuple[int, int, int]
+    width: int
+
+
+class Step:
+    """What the layers of one shape share in a step: its angles, and room between their products.
+
+    Layers use it one after the other.
+
+    Args:
+        shape: Theirs.
+        cos: fp32 [1, T, 2 * pairs], contiguous.
+        sin: The same shape.
+    """
+
+    def __init__(self, shape: Shape, cos: Tensor, sin: Tensor) -> None:
+        tokens, dim = cos.shape[1], shape.dim
+        rows = -(-tokens // HEIGHT) * HEIGHT
+        normed, wide = rows * shape.hidden, rows * shape.width
+        sizes = [rows * _whole(heads * dim) for heads in shape.heads]
+        begins = 0, sizes[0], sizes[0] + sizes[1]
+        space = room(normed + 2 * wide)
+        at = space.data_ptr()
+        angles = cos.data_ptr(), sin.data_ptr(), cos.shape[2] // 2
+        between = at, at + 4 * normed, at + 4 * (normed + wide)
+        behind = 4 * begins[1], 4 * begins[2]
+        self._owned = cos, sin, space
+        self._record = (c_int64 * _STEP)(*_team(), tokens, *angles, *between, *behind)
+        self.address = addressof(self._record)
+        self.size = sum(sizes)
+        # Shape, strides and place of a layer's queries, keys and values.
+        self.views = [
+            ((tokens, heads, dim), (heads * dim, dim, 1), begin)
+            for heads, begin in zip(shape.heads, begins, strict=True)
+        ]
+
+
 class Layer:
     """What two native calls make of a layer's hidden states around its attention.
 
@@ -235,7 +267,7 @@ class Layer:
         head_dim: Of all heads.
 
     Attributes:
-        width: The most numbers of a token that come between its products.
+        shape: Its sizes.
 
     The tensors must stay where they are.
     """
@@ -243,7 +275,6 @@ class Layer:
     def __init__(self, norms: list[Norm | None], weights: list[Weight], head_dim: int) -> None:
         get_ready()
         self._owned = norms, weights
-        self._dim = head_dim
         fields: list[int] = []
         for norm in norms:
             bits = int(np.float32(0 if norm is None else norm.epsilon).view(np.int32))
@@ -254,76 +285,48 @@ class Layer:
             fields += (*describe(weight.panels, torch.get_num_threads()), bias, weight.outputs)
         self._record = (c_int64 * _LAYER)(*fields, head_dim)
         self._address = addressof(self._record)
-        widths = [-(-each.outputs // COLUMNS) * COLUMNS for each in weights]
-        self._heads = [
-            (width, each.outputs // head_dim)
-            for width, each in zip(widths[:OUTPUT], weights[:OUTPUT], strict=True)
-        ]
-        self._hidden = weights[DOWN].outputs
+        self._before, self._after = _compiled("before"), _compiled("after")
+        q, k, v = (each.outputs // head_dim for each in weights[:OUTPUT])
         # What was attended comes there, and each of the products that follow.
-        self.width = max(*widths[OUTPUT:], weights[QUERY].outputs)
+        width = max(*(_whole(each.outputs) for each in weights[OUTPUT:]), q * head_dim)
+        self.shape = Shape(weights[DOWN].outputs, head_dim, (q, k, v), width)
 
-    def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values: [1, heads, T, dim] each, token after token in memory.
+    def before(self, step: Step, hidden: Tensor) -> list[Tensor]:
+        """Return queries, keys and values: [T, heads, dim] each.
 
         Args:
+            step: For layers of this shape.
             hidden: fp32 [1, T, size], contiguous.
-            cos: fp32 [1, T, 2 * pairs], contiguous.
-            sin: The same shape.
         """
-        tokens, dim = hidden.shape[1], self._dim
-        rows = -(-tokens // HEIGHT) * HEIGHT
-        normed = torch.empty(rows * self._hidden, dtype=torch.float32)
-        made = [torch.empty(rows * width, dtype=torch.float32) for width, _ in self._heads]
-        _compiled("before")(
-            self._address,
-            addressof(_team()),
-            tokens,
-            hidden.data_ptr(),
-            normed.data_ptr(),
-            *[each.data_ptr() for each in made],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[2] // 2,
-        )
-        return tuple(
-            each.as_strided((1, heads, tokens, dim), (0, dim, heads * dim, 1))
-            for each, (_, heads) in zip(made, self._heads, strict=True)
-        )
+        made = room(step.size)
+        self._before(self._address, step.address, hidden.data_ptr(), made.data_ptr())
+        return [made.as_strided(*view) for view in step.views]
 
-    def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after(self, step: Step, hidden: Tensor, attended: Tensor) -> Tensor:
         """Return the hidden states that the layer ends with: fp32 [1, T, size].
 
         Args:
+            step: For layers of this shape.
             hidden: Those that `before` was given.
-            attended: fp32 [1, T, heads, dim], contiguous.
+            attended: fp32 [T, heads, dim], contiguous.
         """
-        tokens = hidden.shape[1]
-        rows = -(-tokens // HEIGHT) * HEIGHT
-        out = torch.empty_like(hidden)
-        scratch = torch.empty(rows * (self._hidden + 2 * self.width), dtype=torch.float32)
-        start = scratch.data_ptr()
-        gates = start + 4 * rows * self._hidden
-        _compiled("after")(
+        out = room(*hidden.shape)
+        self._after(
             self._address,
-            addressof(_team()),
-            tokens,
+            step.address,
             hidden.data_ptr(),
             attended.data_ptr(),
             out.data_ptr(),
-            start,
-            gates,
-            gates + 4 * rows * self.width,
         )
         return out
 
 
-@cache
-def _team_of(threads: int) -> Any:
+def _whole(outputs: int) -> int:
+    """The width of whole panels."""
+    return -(-outputs // COLUMNS) * COLUMNS
+
+
+def _team() -> tuple[int, int, int]:
+    threads = torch.get_num_threads()
     # Without OpenMP one thread does it all.
-    entry = parallel_address() if threads > 1 else 0
-    return (c_int64 * (WORKER + 1))(threads, entry, worker().address)
-
-
-def _team() -> Any:
-    return _team_of(torch.get_num_threads())
+    return threads, parallel_address() if threads > 1 else 0, worker().address

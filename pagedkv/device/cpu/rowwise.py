@@ -260,7 +260,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / sqrt(mean(x^2) + epsilon)`` over the last dimension; fp32."""
-    out = torch.empty_like(x)
+    out = room(*x.shape)
     size = x.shape[-1]
     _compiled("rms_norm")(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon
@@ -270,7 +270,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``; fp32, contiguous and of one shape."""
-    out = torch.empty_like(gate)
+    out = room(*gate.shape)
     _compiled("silu_gate")(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out
 
