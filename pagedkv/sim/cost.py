@@ -201,14 +201,16 @@ class CostModel(Checked, frozen=True, kw_only=True):
 
 def step_work(plan: StepPlan, block_size: int) -> StepWork:
     """Return what a plan computes and moves, mean over its groups."""
-    counts = np.diff(plan.query_start).astype(np.int64)
-    resident = plan.num_resident.astype(np.int64)
-    pairs = counts * (resident - counts) + counts * counts / 2
-    groups = max(1, resident.shape[0])
+    groups, rows = plan.num_resident.shape
+    context = int(plan.num_resident.sum())
+    pairs = context - groups * rows / 2
+    if plan.num_tokens != rows:
+        counts = np.diff(plan.query_start).astype(np.int64)
+        pairs = int((plan.num_resident @ counts).sum()) - groups * int(counts @ counts) / 2
     return StepWork(
         num_tokens=plan.num_tokens,
-        context_tokens=float(resident.sum()) / groups,
-        attention_pairs=float(pairs.sum()) / groups,
+        context_tokens=context / groups,
+        attention_pairs=pairs / groups,
         copied_tokens=(len(plan.copies) * block_size + len(plan.moves)) / groups,
         swapped_tokens=(len(plan.swap_in) + len(plan.swap_out)) * block_size / groups,
     )

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.arrays import Float64, Int32, Int64, UInt64
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.table import SequenceTable
-from pagedkv.sim.content import first_tokens, stream_tokens
+from pagedkv.sim.content import first_tokens, lane_tokens, stream_lanes, stream_tokens
 from pagedkv.sim.cost import CostModel, leap_work, step_work
 
 __all__ = ["CostExecutor"]
@@ -38,6 +38,8 @@ class CostExecutor:
         self.swapped_tokens = 0
         self.on_plan: Callable[[StepPlan, float, float], None] | None = None
         self._block_size = block_size
+        self._streams: UInt64 = np.empty(0, np.uint64)  # of whom the last plan asked
+        self._lanes = stream_lanes(self._streams)
         self._seq_ids: Int64 = np.empty(0, np.int64)  # by row, whose answer stands in the row
         self._answers: Int32 = np.empty((0, 0), np.int32)
 
@@ -49,8 +51,10 @@ class CostExecutor:
         if self.on_plan is not None:
             self.on_plan(plan, self.clock, self.last)
         self.clock += self.last
-        seeds = plan.sampling.seed.astype(np.int64)
-        tokens = stream_tokens(seeds, plan.sampling.position.astype(np.int64))
+        if plan.sampling.seed is not self._streams:  # as long as the same decode it is the same
+            self._streams = plan.sampling.seed
+            self._lanes = stream_lanes(self._streams)
+        tokens = lane_tokens(self._lanes, plan.sampling.position.astype(np.int64))
         return StepResult(token_ids=tokens, observed=self._observed(plan))
 
     def _observed(self, plan: StepPlan) -> list[Observed]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
-from pagedkv.core.leap import Leg
+from pagedkv.core.leap import NEVER, Leg
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan
 from pagedkv.core.scheduler import Scheduler
@@ -15,6 +15,7 @@ __all__ = ["SERIES", "Occupancy", "Pool"]
 
 SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
 _AT_ONCE = 512
+_NOTHING: Float64 = np.empty(0)
 
 
 class Pool(NamedTuple):
@@ -33,7 +34,7 @@ class Pool(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """The steps of a leg: how long, which took how many blocks, and what they began with."""
+    """A step, or those of a leg: how long, which took how many blocks, what they began with."""
 
     ends: Float64
     seconds: Float64
@@ -52,7 +53,7 @@ class _Stretch(NamedTuple):
 class Occupancy:
     """Series of one engine's pool, and the busiest second of its clock.
 
-    Legs of leaps are kept as they are and unfolded many at once.
+    Steps and legs of leaps are kept as they are and unfolded many at once.
 
     Attributes:
         series: Of the quantities in `SERIES`.
@@ -67,8 +68,7 @@ class Occupancy:
         self._size = scheduler.manager.block_size
         self._series = Series(SERIES)
         self._stretches: list[_Stretch] = []
-        self._during: Float64 = np.zeros((1, len(SERIES)))
-        self._entries = 0  # during the step that was planned last
+        self._planned = _Stretch(_NOTHING, _NOTHING, NEVER, Pool(0, 0, 0), *[0] * 8)
         self._entry_seconds, self._most_entries = 0.0, 0
         self._second, self._tokens, self._most = -1, 0, 0
 
@@ -115,10 +115,15 @@ class Occupancy:
 
     def planned(self, plan: StepPlan) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
-        pool = Pool.of(self._scheduler.manager)
-        counts = pool.held, pool.cached, self._running, self._scheduler.num_waiting
-        self._entries, waste = self._in_use(plan.num_tokens)
-        self._during = np.array([[*counts, waste, plan.num_tokens]], np.float64)
+        entries, wasted = self._in_use(plan.num_tokens)
+        self._planned = self._planned._replace(
+            pool=Pool.of(self._scheduler.manager),
+            running=self._running,
+            waiting=self._scheduler.num_waiting,
+            wasted=wasted,
+            entries=entries,
+            first=plan.num_tokens,
+        )
 
     @property
     def _running(self) -> int:
@@ -139,12 +144,8 @@ class Occupancy:
 
     def step(self, end: float, seconds: float, drawn: int) -> None:
         """Take in the step that was planned last: when it ended, how long it took, tokens drawn."""
-        self._unfold()
-        ends = np.array([end])
-        self._series.add(ends, np.array([seconds]), self._during)
-        self._entry_seconds += self._entries * seconds
-        self._most_entries = max(self._most_entries, self._entries)
-        self._count(ends.astype(np.int64), np.array([drawn]))
+        ends, took = np.array([end]), np.array([seconds])
+        self._keep(self._planned._replace(ends=ends, seconds=took, drawn=drawn))
 
     def leg(self, leg: Leg, pool: Pool, ends: Float64, seconds: Float64) -> None:
         """Take in a leg before it is committed.
@@ -154,7 +155,7 @@ class Occupancy:
             ends, seconds: [K] When each of its steps ended, and how long it took.
         """
         entries, wasted = self._in_use(leg.num_tokens, len(leg.taken_at))
-        self._stretches.append(
+        self._keep(
             _Stretch(
                 ends=ends,
                 seconds=seconds,
@@ -170,11 +171,14 @@ class Occupancy:
                 drawn=len(leg.drawing),
             )
         )
+
+    def _keep(self, stretch: _Stretch) -> None:
+        self._stretches.append(stretch)
         if len(self._stretches) >= _AT_ONCE:
             self._unfold()
 
     def _unfold(self) -> None:
-        """Count the legs that have come in, step by step."""
+        """Count what has come in, step by step."""
         if not self._stretches:
             return
         stretches, self._stretches = self._stretches, []
