@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from numba import types
 from torch import Tensor
 
