@@ -6,7 +6,7 @@ an extra keyword. Nothing is registered at import and nothing is global but that
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -210,6 +210,12 @@ def _refuse_unknown(
         )
 
 
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    """Let a model compute in the type it was loaded in: native code takes no other."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
 def forward(
     loaded: LoadedModel,
     token_ids: Tensor,
@@ -236,8 +242,7 @@ def forward(
     narrow = {"logits_to_keep": logits_index} if loaded.narrows_logits else {}
     ready = getattr(loaded.model, "pagedkv_ready", None)
     shared = {} if ready is None else {READY_NAME: ready()}
-    # Autocast around the step would hand native code another type than the model was loaded in.
-    with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(token_ids.device.type):
         output = loaded.model(
             input_ids=token_ids[None],
             position_ids=positions[None],
