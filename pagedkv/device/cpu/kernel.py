@@ -178,9 +178,9 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
             if get(item, WIDE) != 0:
                 acc, tops, masses = run_wide(asked, sample, params, item, scratch)
             else:
-                # Whether this thread reads on where this span ends.
-                goes_on = j + 1 < min(i + run, count) and get(item, SPAN) + 1 < get(item, SPANS)
-                acc, tops, masses = run_narrow(asked, sample, params, item, scratch, goes_on)
+                # What this thread reads next.
+                following = item + 8 * NUM_FIELDS if j + 1 < min(i + run, count) else 0
+                acc, tops, masses = run_narrow(asked, sample, params, item, scratch, following)
             _finish(params, item, acc, tops, masses)
         i = atomic_add(params + 8 * NEXT, run)
 

@@ -75,8 +75,10 @@ AHEAD = 16  # steps
 
 @kernel
 def ahead(begin: int, quarter: int, j: int) -> int:
-    """The key AHEAD steps after the j-th, in the first quarter of this tile or of the next."""
-    soon = j + AHEAD
+    """The key AHEAD steps after the j-th, in the first quarter of this tile or of the next; of a
+    shorter tile, its own place in the next.
+    """
+    soon = j + min(AHEAD, quarter)
     return soon if soon < begin + quarter else TILE + soon - begin - quarter
 
 
@@ -289,11 +291,11 @@ def run_narrow(
     params: Address,
     item: Address,
     scratch: Address,
-    goes_on: bool,
+    following: Address,
 ) -> tuple[Address, Address, Address]:
     """Run an item; returns the addresses of its accumulator rows, maxima and sums.
 
-    `goes_on`: what comes next is this sequence's next span, so its first tile is asked for too.
+    `following`: The item that comes next, whose first tile is asked for too; 0 for none.
     """
     f32 = np.float32(0)
     dims = pad(get(params, HEAD_DIM), LANES)
@@ -319,7 +321,6 @@ def run_narrow(
     places = (query, acc, state, scores, weights, sums, key_at, value_at)
     low, high = get(item, KEY_LOW), get(item, KEY_HIGH)
     tail = 8 * TILE  # bytes from this tile's addresses to the next tile's
-    end = min(high + tile, visible(params, item, get(item, NUM_QUERIES) - 1)) if goes_on else high
     soon = min(tile, high - low)
     if soon > 0:
         addresses(params, item, low, soon, key_at + tail, value_at + tail)
@@ -328,8 +329,11 @@ def run_narrow(
         for j in range(0, tail, 4 * LANES):
             store(key_at + j, load(f32, key_at + tail + j))
             store(value_at + j, load(f32, value_at + tail + j))
-        soon = min(tile, end - first - tile)
+        of, then = item, first + tile
+        if then >= high and following != 0:
+            of, then = following, get(following, KEY_LOW)
+        soon = min(tile, get(of, KEY_HIGH) - then)
         if soon > 0:
-            addresses(params, item, first + tile, soon, key_at + tail, value_at + tail)
+            addresses(params, of, then, soon, key_at + tail, value_at + tail)
         _narrow_tile(sample, params, item, first, count, rows, places)
     return acc, state, state + 4 * rows
