@@ -107,7 +107,7 @@ class Tenants:
         if len(self._ids) == 1:
             self._served[0] += tokens * len(tenants) if isinstance(tokens, int) else tokens.sum()
             return
-        # Counted in the sums' own type: numpy adds any other ten times as slowly.
+        # Counted in the sums' own type: numpy adds any other far more slowly.
         np.add.at(self._served, tenants, np.asarray(tokens, np.int64))
 
 

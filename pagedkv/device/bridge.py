@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 ATTENTION_NAME = "pagedkv"
-# What a forward's native layers share: `layers.Ready`.
+# What a forward's native layers share, `layers.Ready`; of a model, what makes it.
 READY_NAME = "pagedkv_ready"
 
 # Keywords that models pass along to every attention function and that change nothing here: masks
@@ -240,7 +240,7 @@ def forward(
         UnsupportedBackend: A layer asks for attention that pagedkv's operators lack.
     """
     narrow = {"logits_to_keep": logits_index} if loaded.narrows_logits else {}
-    ready = getattr(loaded.model, "pagedkv_ready", None)
+    ready = getattr(loaded.model, READY_NAME, None)
     shared = {} if ready is None else {READY_NAME: ready()}
     with torch.no_grad(), _without_autocast(token_ids.device.type):
         output = loaded.model(

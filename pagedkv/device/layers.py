@@ -180,7 +180,7 @@ def substitute_layers(model: Any, geometry: ModelGeometry) -> None:
             module.forward = MethodType(_forward, module)
             layers.append(found)
     if layers:
-        model.pagedkv_ready = partial(Ready, layers)
+        setattr(model, READY_NAME, partial(Ready, layers))
 
 
 def _has_threads() -> bool:

@@ -15,7 +15,7 @@ __all__ = ["SERIES", "Occupancy", "Pool"]
 
 SERIES = ("held", "cached", "running", "waiting", "wasted_slots", "tokens")
 _AT_ONCE = 512
-_NOTHING: Float64 = np.empty(0)
+_NOT_YET: Float64 = np.empty(0)
 
 
 class Pool(NamedTuple):
@@ -68,7 +68,7 @@ class Occupancy:
         self._size = scheduler.manager.block_size
         self._series = Series(SERIES)
         self._stretches: list[_Stretch] = []
-        self._planned = _Stretch(_NOTHING, _NOTHING, NEVER, Pool(0, 0, 0), *[0] * 8)
+        self._planned: _Stretch | None = None
         self._entry_seconds, self._most_entries = 0.0, 0
         self._second, self._tokens, self._most = -1, 0, 0
 
@@ -116,13 +116,19 @@ class Occupancy:
     def planned(self, plan: StepPlan) -> None:
         """Look at the pool between schedule and commit: what the step holds while it runs."""
         entries, wasted = self._in_use(plan.num_tokens)
-        self._planned = self._planned._replace(
+        self._planned = _Stretch(
+            ends=_NOT_YET,
+            seconds=_NOT_YET,
+            taken_at=NEVER,
             pool=Pool.of(self._scheduler.manager),
             running=self._running,
             waiting=self._scheduler.num_waiting,
             wasted=wasted,
             entries=entries,
+            freed=0,
             first=plan.num_tokens,
+            then=0,
+            drawn=0,
         )
 
     @property
@@ -144,6 +150,7 @@ class Occupancy:
 
     def step(self, end: float, seconds: float, drawn: int) -> None:
         """Take in the step that was planned last: when it ended, how long it took, tokens drawn."""
+        assert self._planned is not None
         ends, took = np.array([end]), np.array([seconds])
         self._keep(self._planned._replace(ends=ends, seconds=took, drawn=drawn))
 

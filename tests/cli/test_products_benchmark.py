@@ -25,6 +25,8 @@ def test_each_product_is_timed_once_they_agree(monkeypatch, tmp_path):
 
 def test_a_product_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: x @ weight.T + 1)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--rows=1", "--shapes=640x1536", "--rounds=1"])
+    monkeypatch.setattr(
+        sys, "argv", [str(SCRIPT), *["--rows=1", "--shapes=640x1536", "--rounds=1", "--threads=1"]]
+    )
     with pytest.raises(AssertionError, match="not close"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -8,7 +8,7 @@ Decode is bound by memory, and most of what is on its way there was asked for by
 prefetchers, which need to see addresses go up line by line within a page. So a tile is walked as
 four runs of memory, a quarter of its keys each: each step takes a row of each quarter, and what it
 makes lies side by side (`place`). Rows are also asked for by the kernel, AHEAD steps before they
-are used, across the ends of blocks and tiles, which is why the addresses of two tiles are at hand.
+are used, across the ends of blocks, tiles and items: the addresses of two tiles are at hand.
 They are asked into the second-level cache; a processor drops such a request when its first level
 already waits for as many lines as it can.
 """
