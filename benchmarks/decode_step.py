@@ -31,7 +31,7 @@ from pagedkv.cli.results import check_writable, write_result
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import Request
 from pagedkv.core.scheduler import Scheduler
-from pagedkv.device import executor, passes, turned
+from pagedkv.device import executor, passes
 from pagedkv.device.attention import PagedAttentionStep
 from pagedkv.device.cpu import layer as native_layer
 from pagedkv.device.loaded import LoadedModel
@@ -98,8 +98,6 @@ def attach(clocks: Clocks, loaded: LoadedModel) -> None:
     clocks.wrap(loaded.model, "forward", "residuals and calls between modules")
     clocks.wrap(CpuPagedOp, "apply", "attention")
     clocks.wrap(passes, "paged_attention", "xformers dispatch")
-    clocks.wrap(turned, "paged_attention", "xformers dispatch")
-    clocks.wrap(turned.TurnedBias, "attend", "turning queries and merging")
     clocks.wrap(KVStore, "write", "writing keys and values")
     clocks.wrap(Pass, "_show", "observing")
     clocks.wrap(Pass, "observed", "observing")

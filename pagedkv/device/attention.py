@@ -5,10 +5,10 @@ from torch import Tensor
 
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observed, StepPlan
-from pagedkv.device.bias import Send
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.operators import CpuPagedOp, PagedOp
 from pagedkv.device.passes import Pass, head_by_head
+from pagedkv.device.send import Send
 from pagedkv.device.single import token_pass
 from pagedkv.device.store import KVStore
 

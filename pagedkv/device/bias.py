@@ -1,9 +1,7 @@
 """Who sees what in one step: xformers' paged causal mask, with what our operators add to it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,21 +10,12 @@ import torch
 
 from .library import attn_bias as masks
 from .reference import Batch
+from .send import Send
+from .turns import Turns
 
-__all__ = ["BIASES", "PagedBias", "Send", "read", "sender"]
+__all__ = ["BIASES", "PagedBias", "read"]
 
 Ints = npt.NDArray[np.integer[Any]]
-Send = Callable[[npt.NDArray[Any]], torch.Tensor]
-"""Makes a tensor of an array, on the device that attends."""
-
-
-def sender(device: torch.device) -> Send:
-    """Return what sends each array by itself, for what a step's own transfer does not take."""
-    return torch.from_numpy if device.type == "cpu" else partial(_send, device)
-
-
-def _send(device: torch.device, array: npt.NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @dataclass
@@ -43,6 +32,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
             over the i-th table entry of its own sequence, -inf where it sees none of it. Every
             call makes its own.
         causal: False lets every query see all of its sequence's keys.
+        turns: None, or by how much queries are turned before they meet each of the table's blocks.
         lse: None, or fp32[Hq, T] of the latest call: log-sum-exp over all that a query sees.
         host_table: What `block_tables` holds, where reading it waits for no device.
         prepared: What an operator made of the bias, for the layers that follow.
@@ -50,6 +40,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
 
     window: int = 0
     causal: bool = True
+    turns: Turns | None = None
     block_lse: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     want_block_lse: bool = False
@@ -66,6 +57,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
         *,
         window: int = 0,
         causal: bool = True,
+        turns: Turns | None = None,
         want_block_lse: bool = False,
         send: Send = torch.from_numpy,
     ) -> "PagedBias":
@@ -78,6 +70,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
             block_size: Slots of a block.
             window: Sliding window in tokens, 0 for none.
             causal: Whether a sequence's queries are its last tokens and see none that follow.
+            turns: For [B, W]; where the operator `TURNS`. `TurnedBias` is for all.
             want_block_lse: Have the operator fill `block_lse`.
             send: Puts arrays where the keys are. On the CPU int32 arrays are shared, not copied.
 
@@ -112,6 +105,7 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
             page_size=block_size,
             window=window,
             causal=causal,
+            turns=turns,
             want_block_lse=want_block_lse,
             host_table=table,
         )

@@ -10,13 +10,13 @@ from pagedkv.core.arrays import Int32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.device.attention import PagedAttentionStep
-from pagedkv.device.bias import Send
 from pagedkv.device.bridge import forward
 from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.operators import CpuPagedOp, PagedOp
 from pagedkv.device.poison import Poison
 from pagedkv.device.prompt_scores import score_prompt
 from pagedkv.device.sampling import sample
+from pagedkv.device.send import Send
 from pagedkv.device.staging import Transfer, transfer_to
 from pagedkv.device.store import KVStore, one_group
 

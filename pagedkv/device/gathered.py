@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .bias import Send
 from .library import attn_bias as masks
 from .library import fmha
 from .quantize import dequantize, row_words
+from .send import Send
 from .tiled import TiledOp, query_sequences
 from .tiles import Tiles
 

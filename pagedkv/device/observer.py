@@ -14,8 +14,8 @@ from torch import Tensor
 from pagedkv.core.arrays import Float32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
-from pagedkv.device.bias import Send, sender
 from pagedkv.device.quantize import dequantize
+from pagedkv.device.send import Send, sender
 from pagedkv.device.staging import fetch
 
 __all__ = ["LayerView", "Observer"]

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 
 from . import reference
-from .bias import BIASES, PagedBias, Send, read
+from .bias import BIASES, PagedBias, read
 from .library import common, ops
 from .quantize import row_words
+from .send import Send
 
 __all__ = [
     "CpuPagedOp",
@@ -41,6 +42,7 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
     SUPPORTS_OUTPUT_DTYPE = True
     SUPPORTS_PARTIAL = True
     SUPPORTS_BMGHK = True
+    TURNS: ClassVar[bool] = False  # whether a bias may bring turns
 
     @classmethod
     def not_supported_reasons(cls, d: Any) -> list[str]:
@@ -75,7 +77,14 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         for name in ("query", "key", "value"):
             if getattr(d, name).stride(-1) != 1 and getattr(d, name).shape[-1] > 1:
                 reasons.append(f"{name}.stride(-1) is not 1: call .contiguous()")
+        return reasons + cls._bias_refusals(d)
+
+    @classmethod
+    def _bias_refusals(cls, d: Any) -> list[str]:
+        reasons = []
         batch = read(d.attn_bias)
+        if batch.turns is not None and not cls.TURNS:
+            reasons.append("it turns no queries: attend with a TurnedBias")
         if batch.query_start[-1] != d.query.shape[1]:
             reasons.append(
                 f"the bias is for {batch.query_start[-1]} queries, not {d.query.shape[1]}"
@@ -160,15 +169,14 @@ class CpuPagedOp(PagedOp):
     """
 
     NAME = "pagedkv_cpu"
+    TURNS = True
 
     @classmethod
     def get_ready(cls, keys: torch.Tensor, computed: torch.dtype, heads: int, dim: int) -> None:
         """As in `PagedOp`: 10-20 s once per machine and kind of storage, then 0.2 s a process."""
-        from .cpu import call, partials
+        from .cpu import call
 
         call.get_ready(keys.dtype)
-        if computed == torch.float32:
-            partials.get_ready()
 
     @classmethod
     def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
@@ -194,6 +202,7 @@ class ReferenceOp(PagedOp):
     """The same contract in plain torch, one dense fp32 softmax per sequence: the tests' oracle."""
 
     NAME = "pagedkv_reference"
+    TURNS = True
 
     @classmethod
     def packed_rows(cls, head_dim: int) -> set[int]:

@@ -9,11 +9,11 @@ from torch import Tensor
 from pagedkv.core.arrays import Int32, Int64
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, Observed, StepPlan
-from pagedkv.device.bias import Send, sender
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.observer import LayerView, Observer
 from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
 from pagedkv.device.quantize import dequantize
+from pagedkv.device.send import Send, sender
 from pagedkv.device.turned import TurnedBias
 from pagedkv.device.turns import Turns
 
@@ -120,13 +120,14 @@ class Pass:
         tables = plan.block_table[groups].reshape(-1, plan.block_table.shape[2])
         resident, want = plan.num_resident[groups].ravel(), bool(self._observers)
         start, size = self._query_start(), self._block_size
-        if turns is None:
+        if turns is None or self._operator.TURNS:
             return PagedBias.build(
                 start,
                 resident,
                 tables,
                 size,
                 window=window,
+                turns=turns,
                 want_block_lse=want,
                 send=self._send,
             )

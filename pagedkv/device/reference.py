@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from .quantize import dequantize
+from .turns import Turns
 
 __all__ = ["CONTIGUOUS", "Batch", "run"]
 
@@ -29,6 +30,7 @@ class Batch:
     window: int
     num_slots: int  # slots that the keys must at least have; -1 if a block id is negative
     overrun: bool  # a sequence has more tokens than its row of the table has slots
+    turns: Turns | None  # of queries before they meet a table's blocks
 
     @classmethod
     def read(cls, bias: Any, *, from_end: bool, from_start: bool) -> "Batch":
@@ -62,7 +64,10 @@ class Batch:
             slots = int((base + resident).max(initial=0))
         causal, window = from_end or from_start, getattr(bias, "window", 0)
         overrun = bool((resident > table.shape[1] * size).any())
-        return cls(starts, resident, first, causal, table, base, size, window, slots, overrun)
+        turns = getattr(bias, "turns", None)
+        return cls(
+            starts, resident, first, causal, table, base, size, window, slots, overrun, turns
+        )
 
     def limit(self, b: int, i: int) -> int:
         """How many keys the i-th query of sequence b sees, window aside."""
@@ -99,7 +104,13 @@ def run(
     for b in range(len(batch.resident)):
         rows = slice(*batch.query_start[b : b + 2].tolist())
         slots = batch.slots(b)
-        scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), dequantize(k[0, slots], dim))
+        keys = dequantize(k[0, slots], dim)
+        if batch.turns is None:
+            scores = torch.einsum("qghd,kghd->ghqk", q[0, rows].float(), keys)
+        else:
+            asked = _turned(batch.turns, b, q[0, rows].float(), len(slots) // batch.block_size + 1)
+            entry = torch.arange(len(slots), device="cpu") // batch.block_size
+            scores = torch.einsum("kqghd,kghd->ghqk", asked[entry], keys)
         scores = (scores * scale).masked_fill(~_seen(batch, b), -math.inf)
         weights = torch.nan_to_num(scores.softmax(-1))  # a query that sees nothing: 0, not NaN
         out[0, rows] = torch.einsum("ghqk,kghd->qghd", weights, dequantize(v[0, slots], dim))
@@ -107,6 +118,13 @@ def run(
         lse[:, rows] = flat.logsumexp(-1)
         if block_lse is not None:
             block_lse[rows] = _by_block(flat, batch.block_size, block_lse.shape[-1])
+
+
+def _turned(turns: Turns, b: int, query: torch.Tensor, entries: int) -> torch.Tensor:
+    """[queries, G, H, D] -> the same for each of a sequence's first table entries."""
+    index = torch.from_numpy(turns.index[b, :entries].astype(np.int64))
+    asked = query.expand(len(index), *query.shape)
+    return turns.apply(asked, index)
 
 
 def _seen(batch: Batch, b: int) -> torch.Tensor:

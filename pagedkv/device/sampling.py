@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagedkv.core.arrays import Float32, Int32
 from pagedkv.core.plan import Penalties, SamplingBatch, StepResult
-from pagedkv.device.bias import sender
+from pagedkv.device.send import sender
 from pagedkv.device.staging import fetch
 from pagedkv.errors import InvalidRequest
 

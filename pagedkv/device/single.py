@@ -7,10 +7,10 @@ from torch import Tensor
 from pagedkv.core.arrays import Int32
 from pagedkv.core.groups import GroupLayout
 from pagedkv.core.plan import Observation, StepPlan
-from pagedkv.device.bias import Send
 from pagedkv.device.geometry import ModelGeometry
 from pagedkv.device.operators import PagedOp
 from pagedkv.device.passes import Pass
+from pagedkv.device.send import Send
 
 __all__ = ["token_pass"]
 

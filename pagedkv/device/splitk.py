@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .bias import Send, read
+from .bias import read
 from .gathered import GatheredOp
 from .library import attn_bias as masks
 from .library import common, triton_splitk
 from .operators import PagedOp
 from .quantize import row_words
+from .send import Send
 from .tiled import TiledOp, query_sequences
 from .tiles import Tiles
 

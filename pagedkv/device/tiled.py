@@ -18,9 +18,10 @@ import torch
 
 from pagedkv.errors import UnsupportedBackend
 
-from .bias import PagedBias, Send, read, sender
+from .bias import PagedBias, read
 from .library import attn_bias as masks
 from .operators import PagedOp, outputs, paged_attention, result
+from .send import Send, sender
 from .tiles import Tiles, pairs, tiles
 
 __all__ = ["Launch", "TiledOp", "query_sequences"]

@@ -7,28 +7,18 @@ runs before it are seen whole. Where everybody has one query, as in decode, so i
 call serves all runs.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Int32, Int64
-from pagedkv.device.bias import Send
 from pagedkv.device.operators import PagedBias, PagedOp, paged_attention
+from pagedkv.device.send import Send
 from pagedkv.device.turns import Turns
-
-if TYPE_CHECKING:
-    from pagedkv.device.cpu.partials import Merge, Turn
 
 __all__ = ["TurnedBias"]
 
 _Answer = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _is_native(query: Tensor) -> bool:
-    """Whether native code turns and merges: what it does in one call takes torch ten or more."""
-    return query.is_cpu and query.dtype == torch.float32 and query.stride(2) == 1
 
 
 class TurnedBias:
@@ -88,7 +78,6 @@ class TurnedBias:
         parts = [part for part, _ in self._calls]
         self._old_token = parts[-1].token[0 if len(parts) == 2 else int(query_start[-1]) :]
         self._num_tokens = int(query_start[-1])
-        self._native: Merge | None = None
 
     def prepare(self, operator: type[PagedOp], send: Send) -> None:
         """As `PagedOp.prepare`."""
@@ -99,27 +88,14 @@ class TurnedBias:
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, operator: type[PagedOp]
     ) -> Tensor:
         """Return attention over all runs: [T, Hq, D]; shapes as in `paged_attention`."""
-        native = _is_native(query)
         answers: list[_Answer] = []
         for part, bias in self._calls:
-            asked = part.turned(query, self._turns, native)
+            asked = part.turned(query, self._turns)
             out = paged_attention(asked, keys, values, bias, scale, operator)
             assert bias.lse is not None
             answers.append((out, bias.lse, bias.block_lse))
-        merge = self._merged_natively if native else self._merged
-        out, self.lse, self.block_lse = merge(answers)
+        out, self.lse, self.block_lse = self._merged(answers)
         return out
-
-    def _merged_natively(self, answers: list[_Answer]) -> _Answer:
-        """As `_merged`, in one call."""
-        if self._native is None:
-            from pagedkv.device.cpu.partials import Merge
-
-            parts = [part.pairs for part, _ in self._calls]
-            token, first, count = (np.concatenate(each) for each in zip(*parts, strict=True))
-            split, tokens = len(parts[0][0]), self._num_tokens
-            self._native = Merge(token, first, count, split, tokens, self._width)
-        return self._native(answers)
 
     def _merged(self, answers: list[_Answer]) -> _Answer:
         """Put the parts together: [T, Hq, D], [Hq, T], and None or [T, Hq, W]."""
@@ -147,8 +123,6 @@ class _Part:
 
     Attributes:
         token: int64 [N] The packed query of each pair.
-        pairs: int64 [N] each, on the host: that, and the first table entry and the number of
-            entries that the pair looks at.
     """
 
     def __init__(
@@ -168,10 +142,7 @@ class _Part:
         row = index[seq, first][run].astype(np.int64)
         token = token.astype(np.int64)
         self.token = send(token)
-        self.pairs = token, first[run], count[run]
-        self._rows = row
         self._row = send(row) if row.any() else None
-        self._native: Turn | None = None
         pair, column = np.nonzero(np.arange(count.max(initial=1)) < count[run][:, None])
         at = (pair, column, token[pair], first[run[pair]] + column)
         self._scattered = tuple(send(each) for each in at)
@@ -182,14 +153,8 @@ class _Part:
         inside = np.minimum(entry, block_table.shape[1] - 1)
         return np.ascontiguousarray(block_table[self._seq[:, None], inside])
 
-    def turned(self, query: Tensor, turns: Turns, native: bool) -> Tensor:
+    def turned(self, query: Tensor, turns: Turns) -> Tensor:
         """Return the queries of the pairs, turned for their runs: [N, Hq, D]."""
-        if native and not turns.interleaved:
-            if self._native is None:
-                from pagedkv.device.cpu.partials import Turn
-
-                self._native = Turn(self.pairs[0], self._rows, turns.cos, turns.sin)
-            return self._native(query)
         asked = query.index_select(0, self.token)
         return asked if self._row is None else turns.apply(asked, self._row)
 

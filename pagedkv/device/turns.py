@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Int32
-from pagedkv.device.bias import Send
+from pagedkv.device.send import Send
 
 __all__ = ["Turns"]
 

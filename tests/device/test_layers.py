@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from pagedkv import LLM, SamplingParams, UnsupportedBackend
 from pagedkv.device.bridge import ATTENTION_NAME, forward, register
-from pagedkv.device.cpu import kernel, linear, partials
+from pagedkv.device.cpu import kernel, linear
 from pagedkv.device.cpu.rowwise import put_rows
 from pagedkv.device.layers import _Made, _Native
 from pagedkv.device.models import _examined, load_model
@@ -339,24 +339,6 @@ def test_a_copy_has_weights_of_its_own():
     changed = other(hidden, **extra)
     assert not torch.allclose(changed, expected)
     assert torch.equal(changed, by_modules(other, hidden, extra))
-
-
-@pytest.mark.parametrize("many", [0, 1 << 40])
-def test_rows_are_turned_and_merged_alike_on_one_thread_and_on_several(monkeypatch, many):
-    monkeypatch.setattr(partials, "_MANY", many)
-    token, row = torch.arange(30).numpy() % 10, torch.arange(30).numpy() % 3
-    turn = partials.Turn(token, row, noise(3, 4), noise(3, 4, seed=1))
-    query = noise(10, 6, 20)
-    rows = turn(query)
-    assert torch.equal(rows[row == 0], query[token[row == 0]])
-    split = rows.view(30, 6, 20)
-    merge = partials.Merge(token, token * 0, token * 0 + 2, 30, 10, 5)
-    out, lse, entries = merge([(split, noise(6, 30), noise(30, 6, 2, seed=2))])
-    weights = noise(6, 30).view(6, 3, 10).softmax(1)
-    expected = torch.einsum("hrt,rthd->thd", weights, split.view(3, 10, 6, 20))
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, noise(6, 30).view(6, 3, 10).logsumexp(1))
-    assert torch.equal(entries[..., :2], noise(30, 6, 2, seed=2)[20:])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])

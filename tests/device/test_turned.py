@@ -1,93 +1,145 @@
-"""Attention over runs of turned queries: native code gives what torch gives, in any batch."""
+"""Attention whose queries are turned block by block: in the kernel, in runs, and by definition."""
 
 import numpy as np
 import pytest
 import torch
 
-from pagedkv.device import turned
-from pagedkv.device.cpu import partials
-from pagedkv.device.operators import CpuPagedOp
+from pagedkv.device.operators import CpuPagedOp, PagedBias, PagedOp, ReferenceOp, paged_attention
+from pagedkv.device.quantize import quantize
 from pagedkv.device.turned import TurnedBias
 from pagedkv.device.turns import Turns
 
-SIZE, HEADS, KV_HEADS, DIM, WIDTH, BLOCKS = 8, 6, 2, 20, 7, 64
-FREQUENCIES = tuple(10.0 ** -np.arange(6))  # the last 8 elements of a head are not rotated
+SIZE, HEADS, KV_HEADS, DIM, WIDTH = 8, 6, 2, 20, 7
+PAIRS = 6  # the last 8 elements of a head are not rotated
 
 
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(seed, queries):
-    """Tables and turns of sequences with 1 to 3 runs each."""
-    rng = np.random.default_rng(seed)
-    resident = rng.integers(np.maximum(queries, 1), WIDTH * SIZE + 1).astype(np.int32)
-    tables = rng.permutation(BLOCKS)[: WIDTH * len(queries)].reshape(-1, WIDTH).astype(np.int32)
-    turns = np.sort(rng.integers(-3, 1, (len(queries), WIDTH)) // 2 * 37, axis=1)
-    return resident, tables, turns.astype(np.int32)
+class Case:
+    """Tables, turns and tensors of some sequences; whose own queries share a turn if `alike`."""
+
+    def __init__(self, queries, seed=0, *, size=SIZE, width=WIDTH, heads=(HEADS, KV_HEADS), **how):
+        rng = np.random.default_rng(seed)
+        dim, pairs = how.get("dim", DIM), how.get("pairs", PAIRS)
+        queries = np.array(queries)
+        self.start = np.append(0, np.cumsum(queries)).astype(np.int32)
+        self.resident = rng.integers(np.minimum(queries, width * size), width * size + 1)
+        self.resident = self.resident.astype(np.int32)
+        self.tables = rng.permutation(width * len(queries)).reshape(-1, width).astype(np.int32)
+        turns = rng.integers(-3, 2, self.tables.shape) * 37
+        if how.get("alike", False):
+            for row, own in enumerate((self.resident - queries) // size):
+                turns[row, own:] = turns[row, own]
+        frequencies = tuple(10.0 ** -np.linspace(0, 4, pairs))
+        interleaved = how.get("interleaved", False)
+        self.turns = Turns(turns.astype(np.int32), frequencies, interleaved=interleaved)
+        self.size = size
+        self.query = noise(heads[0], int(queries.sum()), dim).transpose(0, 1)  # a model's strides
+        self.keys, self.values = (
+            noise(self.tables.size, size, heads[1], dim, seed=seed) for seed in (1, 2)
+        )
+
+    def attend(self, op: type[PagedOp], rows: slice = slice(None)):
+        """Out, lse and block lse, the operator turning the queries; of some sequences."""
+        start = self.start - self.start[rows.start or 0]
+        start = start[rows.start : None if rows.stop is None else rows.stop + 1]
+        turns = Turns.__new__(Turns)
+        vars(turns).update(vars(self.turns), index=np.ascontiguousarray(self.turns.index[rows]))
+        bias = PagedBias.build(
+            start,
+            self.resident[rows],
+            self.tables[rows],
+            self.size,
+            turns=turns,
+            want_block_lse=True,
+        )
+        first = int(self.start[rows.start or 0])
+        query = self.query[first : first + int(start[-1])]
+        out = paged_attention(query, self.keys, self.values, bias, 0.3, op)
+        return out, bias.lse, bias.block_lse
+
+    def attend_in_runs(self, op: type[PagedOp]):
+        """The same from a call for each kind of run."""
+        bias = TurnedBias(
+            self.start, self.resident, self.tables, self.size, self.turns, want_block_lse=True
+        )
+        out = bias.attend(self.query, self.keys, self.values, 0.3, op)
+        return out, bias.lse, bias.block_lse
 
 
-def attended(queries, resident, tables, turns, query, interleaved=False):
-    start = np.append(0, np.cumsum(queries)).astype(np.int32)
-    angles = Turns(turns, FREQUENCIES, interleaved=interleaved)
-    bias = TurnedBias(start, resident, tables, SIZE, angles, want_block_lse=True)
-    keys, values = (noise(BLOCKS, SIZE, KV_HEADS, DIM, seed=seed) for seed in (1, 2))
-    out = bias.attend(query, keys, values, 0.3, CpuPagedOp)
-    return out, bias.lse, bias.block_lse
-
-
-@pytest.mark.parametrize("queries", [[1] * 8, [1], [5, 1, 1, 8], [3]])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_native_code_turns_and_merges_as_torch_does(monkeypatch, queries, interleaved, seed):
-    made = batch(seed, queries)
-    query = noise(HEADS, sum(queries), DIM).transpose(0, 1)  # as a model hands it on
-    ours = attended(queries, *made, query, interleaved)
-    monkeypatch.setattr(turned, "_is_native", lambda query: False)
-    theirs = attended(queries, *made, query, interleaved)
+def assert_alike(ours, theirs, tolerance=1e-5):
     for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(ours[2].isinf(), theirs[2].isinf())
 
 
-def test_a_sequence_gets_the_same_bits_in_any_batch():
-    queries = [1] * 8
-    resident, tables, turns = batch(0, queries)
-    query = noise(8, HEADS, DIM)
-    whole = attended(queries, resident, tables, turns, query)
-    for i in range(8):
-        one = slice(i, i + 1)
-        alone = attended([1], resident[one], tables[one], turns[one], query[one])
-        assert torch.equal(whole[0][one], alone[0])
-        assert torch.equal(whole[1][:, one], alone[1])
-        assert torch.equal(whole[2][one], alone[2])
+DECODE, MIXED, PROMPT = [1] * 8, [5, 1, 2, 48], [40]
+SHAPES = [
+    {},
+    {"size": 16, "width": 20, "heads": (9, 3), "dim": 64, "pairs": 32},  # three heads at a time
+    {"size": 1, "width": 300},  # a turn for each token, several tiles
+    {"size": 200, "width": 3, "pairs": 10},  # blocks longer than a tile
+    {"size": 4, "width": 50, "heads": (8, 1), "dim": 64, "pairs": 16},
+    {"size": 16, "width": 9, "heads": (4, 4), "dim": 16, "pairs": 8},
+]
 
 
-@pytest.mark.parametrize("pairs", [1, 6, 8, 10, 32])
-def test_turned_queries_have_the_bits_of_torch(pairs):
-    angles = Turns(np.array([[0, 5, -70]], np.int32), tuple(10.0 ** -np.arange(pairs)))
-    query = noise(4, 3, 2 * pairs + 3)[:, :2]
-    token, row = np.array([3, 0, 0, 1, 2]), np.array([1, 0, 2, 2, 0])
-    ours = partials.Turn(token, row, angles.cos, angles.sin)(query)
-    asked = query.index_select(0, torch.from_numpy(token))
-    assert torch.equal(ours, angles.apply(asked, torch.from_numpy(row)))
+@pytest.mark.parametrize("queries", [DECODE, [1], MIXED, PROMPT])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_turns_queries_before_each_block(queries, interleaved, shape):
+    case = Case(queries, interleaved=interleaved, **shape)
+    assert_alike(case.attend(CpuPagedOp), case.attend(ReferenceOp))
 
 
-@pytest.mark.parametrize("split", [5, 3])
-def test_pairs_that_weigh_nothing_and_numbers_that_are_not_stay_so(split):
-    """Two queries: one of three pairs, one of two of which the second is NaN."""
-    token = np.array([0, 1, 0, 1, 0])
-    first, count = np.array([0, 0, 1, 2, 3]), np.array([1, 1, 2, 1, 1])
-    out, lse = noise(5, 1, 9), torch.tensor([[0.5, 1.0, -torch.inf, torch.nan, 2.0]])
-    entries = noise(5, 1, 2)
-    cut = [slice(0, split), slice(split, 5)][: 1 + (split < 5)]
-    answers = [(out[part], lse[:, part], entries[part]) for part in cut]
-    whole, total, seen = partials.Merge(token, first, count, split, 2, 5)(answers)
-    weights = torch.tensor([0.5, 2.0]).softmax(0)
-    torch.testing.assert_close(whole[0], weights[0] * out[0] + weights[1] * out[4])
-    torch.testing.assert_close(total[0, 0], torch.tensor([0.5, 2.0]).logsumexp(0))
-    assert whole[1].isnan().all()
-    assert total[0, 1].isnan()
-    gap = torch.tensor([-torch.inf])
-    expected = torch.cat([entries[0, 0, :1], entries[2, 0], entries[4, 0, :1], gap])
-    assert torch.equal(seen[0, 0], expected)
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.int8])
+def test_whatever_keys_are_stored_as(stored):
+    case = Case(MIXED, dim=64, pairs=32)
+    if stored == torch.int8:
+        case.keys, case.values = quantize(case.keys), quantize(case.values)
+    else:
+        case.keys, case.values = case.keys.to(stored), case.values.to(stored)
+    assert_alike(case.attend(CpuPagedOp), case.attend(ReferenceOp), 2e-5)
+
+
+@pytest.mark.parametrize("queries", [DECODE, [1], MIXED, PROMPT])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_attended_to_one_by_one_make_the_same_whole(queries, interleaved, seed):
+    case = Case(queries, seed, interleaved=interleaved, alike=True)
+    theirs = case.attend(ReferenceOp)
+    assert_alike(case.attend_in_runs(CpuPagedOp), theirs)
+    assert_alike(case.attend_in_runs(ReferenceOp), theirs)
+
+
+@pytest.mark.parametrize("queries", [DECODE, MIXED])
+def test_a_sequence_gets_the_same_bits_in_any_batch(queries):
+    case = Case(queries)
+    out, lse, entries = case.attend(CpuPagedOp)
+    for i in range(len(queries)):
+        tokens = slice(*case.start[i : i + 2].tolist())
+        alone = case.attend(CpuPagedOp, slice(i, i + 1))
+        assert torch.equal(out[tokens], alone[0])
+        assert torch.equal(lse[:, tokens], alone[1])
+        assert torch.equal(entries[tokens], alone[2])
+
+
+def test_turning_by_nothing_changes_no_bit():
+    case = Case(MIXED)
+    case.turns = Turns(np.zeros_like(case.tables), (1.0, 0.5))
+    bias = PagedBias.build(case.start, case.resident, case.tables, case.size, want_block_lse=True)
+    plain = paged_attention(case.query, case.keys, case.values, bias, 0.3, CpuPagedOp)
+    out, lse, entries = case.attend(CpuPagedOp)
+    assert torch.equal(out, plain)
+    assert torch.equal(lse, bias.lse)
+    assert torch.equal(entries, bias.block_lse)
+
+
+def test_an_operator_that_turns_nothing_says_so():
+    class Stiff(ReferenceOp):
+        TURNS = False
+
+    with pytest.raises(ValueError, match="it turns no queries: attend with a TurnedBias"):
+        Case(DECODE).attend(Stiff)

@@ -114,7 +114,14 @@ def _describe(
     )
     params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
     params[at.RUN] = work.run(threads)
-    return _Call(_KINDS[key.dtype], params.tobytes(), (batch, work, memory, *offsets))
+    owned = batch, work, memory, *offsets
+    if batch.turns is not None:
+        turns, back = batch.turns, -batch.turns.sin
+        tables = (x.data_ptr() for x in (turns.cos, turns.sin, back))
+        pairs = turns.cos.shape[1]
+        params[at.TURN :] = (turns.index.ctypes.data, *tables, pairs, turns.interleaved)
+        owned = *owned, back
+    return _Call(_KINDS[key.dtype], params.tobytes(), owned)
 
 
 def _head_offsets(x: torch.Tensor, step: int) -> npt.NDArray[np.int64]:
@@ -129,7 +136,8 @@ def _work(batch: Any, prepared: dict[Any, Any], kv_heads: int, group: int, dim: 
     key = (kv_heads, group, dim)
     if key not in prepared:
         width = batch.table.shape[1]
-        shape = Shape(*key, batch.block_size, width, batch.window, batch.causal)
+        turned = batch.turns is not None
+        shape = Shape(*key, batch.block_size, width, batch.window, batch.causal, turned)
         prepared[key] = cut(batch.query_start, batch.resident, batch.first_limit, shape)
     work: Work = prepared[key]
     return work

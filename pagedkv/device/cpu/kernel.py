@@ -189,7 +189,18 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
 
 
 SIGNATURE = types.void(types.int64)
-_PARTS = ("simd", "simd_math", "layout", "block_lse", "rows", "narrow", "product", "wide", "kernel")
+_PARTS = (
+    "simd",
+    "simd_math",
+    "layout",
+    "rotation",
+    "block_lse",
+    "rows",
+    "narrow",
+    "product",
+    "wide",
+    "kernel",
+)
 
 
 def _source_digest() -> str:

@@ -20,7 +20,10 @@ QUERY, KEY, VALUE, OUT, LSE, BLOCK_LSE, TABLE, SLOT_BASE = range(8, 16)
 QUERY_OFFSET, KEY_OFFSET, VALUE_OFFSET = range(16, 19)  # per head, bytes
 QUERY_STRIDE, KEY_STRIDE, VALUE_STRIDE = range(19, 22)  # bytes per token or slot
 TOKENS, KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, WIDTH, WINDOW, SLOPE, SCALE, RUN = range(22, 32)
-NUM_PARAMS = 32
+# By which row of angles queries are turned before they meet a table's entries, int32 like the table
+# or 0 for none at all; the angles' cosines, sines, and sines the other way round, fp32 [U, PAIRS].
+TURN, COS, SIN, BACK, PAIRS, INTERLEAVED = range(32, 38)
+NUM_PARAMS = 38
 
 # Fields of an item, all int64.
 ROW, FIRST_QUERY, NUM_QUERIES, KEY_LOW, KEY_HIGH, HEAD_LOW, HEAD_HIGH, LIMIT = range(8)

@@ -36,6 +36,7 @@ from .layout import (
     QUERY_STRIDE,
     SCALE,
     TILE,
+    TURN,
     VALUE,
     VALUE_OFFSET,
     WIDTH,
@@ -44,6 +45,7 @@ from .layout import (
     pad,
     visible,
 )
+from .rotation import turn_queries
 from .rows import add_rows, add_rows3, ask, dots, dots3
 from .simd import (
     LANES,
@@ -91,9 +93,13 @@ def _narrow_scores(
     high: int,
     heads: tuple[int, int],
     query: Address,
+    query_at: Address,
     scores: Address,
 ) -> None:
-    """Write query . key of keys low <= j < high, quarter by quarter (`place`); whole fours."""
+    """Write query . key of keys low <= j < high, quarter by quarter (`place`); whole fours.
+
+    `query_at`: How far behind `query` lies what each key meets; 0 if it is the same for all.
+    """
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
@@ -109,6 +115,12 @@ def _narrow_scores(
         e, f = key + get(key_at, soon), key + get(key_at, soon + quarter)
         g, h = key + get(key_at, soon + 2 * quarter), key + get(key_at, soon + 3 * quarter)
         q = query
+        first, second, third, fourth = 0, 0, 0, 0
+        if query_at != 0:
+            first, second = get(query_at, j), get(query_at, j + quarter)
+            third, fourth = get(query_at, j + 2 * quarter), get(query_at, j + 3 * quarter)
+        alike = first == second and second == third and third == fourth
+        q += first if alike else 0
         to = scores + 16 * (j - begin)
         for head in range(heads[0], heads[1]):
             offset = get(offsets, head)
@@ -120,11 +132,19 @@ def _narrow_scores(
                 ask(later[2], size)
                 ask(later[3], size)
             for _ in range(threes):
-                dots3(sample, rows, later, q, dim, to)
+                if alike:
+                    dots3(sample, rows, later, (q,), dim, to)
+                else:
+                    met = (q + first, q + second, q + third, q + fourth)
+                    dots3(sample, rows, later, met, dim, to)
                 q += 3 * dims
                 to += 12 * TILE
             for _ in range(group - 3 * threes):
-                dots(sample, rows, q, dim, to)
+                if alike:
+                    dots(sample, rows, (q,), dim, to)
+                else:
+                    met = (q + first, q + second, q + third, q + fourth)
+                    dots(sample, rows, met, dim, to)
                 q += dims
                 to += 4 * TILE
 
@@ -253,13 +273,16 @@ def _narrow_tile(
     places: tuple[Address, ...],
 ) -> None:
     """One tile of keys against every query row."""
-    query, acc, state, scores, weights, sums, key_at, value_at = places
+    query, acc, state, scores, weights, sums, key_at, value_at, query_at, turned = places
     dims = pad(get(params, HEAD_DIM), LANES)
     window = get(params, WINDOW)
     queries = get(item, NUM_QUERIES)
     heads = (get(item, HEAD_LOW), get(item, HEAD_HIGH))
     each = rows // queries  # rows are ordered (query, KV head, head in group)
     entries = get(params, BLOCK_LSE)
+    met = query_at if get(params, TURN) != 0 else 0
+    if met != 0:
+        turn_queries(params, item, first, count, query, rows, turned, query_at)
     for i in range(queries):
         limit = visible(params, item, i)
         high = min(count, limit - first)
@@ -267,7 +290,7 @@ def _narrow_tile(
         if low < high:
             row = i * each
             q = query + 4 * dims * row
-            _narrow_scores(sample, params, key_at, low, high, heads, q, scores)
+            _narrow_scores(sample, params, key_at, low, high, heads, q, met, scores)
             line = (get(item, FIRST_QUERY) + i) * get(params, KV_HEADS) * get(params, GROUP)
             line += heads[0] * get(params, GROUP)
             size = get(params, BLOCK_SIZE)
@@ -310,6 +333,8 @@ def run_narrow(
     sums = weights + 4 * TILE * each
     key_at = sums + 4 * TILE * 4
     value_at = key_at + 16 * TILE
+    query_at = value_at + 16 * TILE
+    turned = query_at + 8 * TILE
     _load_queries(asked, params, item, query, dims)
     for j in range(0, dims * rows, LANES):
         store(acc + 4 * j, splat(f32))
@@ -318,7 +343,7 @@ def run_narrow(
         put(state + 4 * (rows + row), np.float32(0))
     size = get(params, BLOCK_SIZE)
     tile = TILE // size * size if size <= TILE else TILE
-    places = (query, acc, state, scores, weights, sums, key_at, value_at)
+    places = (query, acc, state, scores, weights, sums, key_at, value_at, query_at, turned)
     low, high = get(item, KEY_LOW), get(item, KEY_HIGH)
     tail = 8 * TILE  # bytes from this tile's addresses to the next tile's
     soon = min(tile, high - low)

@@ -14,6 +14,7 @@ from .simd import (
     LANES,
     Address,
     Sample,
+    Vector,
     fma,
     kernel,
     lead,
@@ -39,11 +40,22 @@ def ask(row: Address, size: int) -> None:
 
 
 @kernel
+def _met(queries: tuple[Address, ...], key: int) -> Address:
+    return queries[key % len(queries)]
+
+
+@kernel
+def _three(query: Address, stride: int) -> tuple[Vector, Vector, Vector]:
+    f32 = np.float32(0)
+    return load(f32, query), load(f32, query + stride), load(f32, query + 2 * stride)
+
+
+@kernel
 def dots3(
     sample: Sample,
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
-    query: Address,
+    queries: tuple[Address, ...],
     dim: int,
     scores: Address,
 ) -> None:
@@ -63,16 +75,17 @@ def dots3(
             prefetch(soon[1] + i * step)
             prefetch(soon[2] + i * step)
             prefetch(soon[3] + i * step)
-        q = load(f32, query + 4 * i)
-        r = load(f32, query + stride + 4 * i)
-        t = load(f32, query + 2 * stride + 4 * i)
         k = load(sample, a + i * step)
+        q, r, t = _three(_met(queries, 0) + 4 * i, stride)
         aq, ar, at = fma(q, k, aq), fma(r, k, ar), fma(t, k, at)
         k = load(sample, b + i * step)
+        q, r, t = _three(_met(queries, 1) + 4 * i, stride)
         bq, br, bt = fma(q, k, bq), fma(r, k, br), fma(t, k, bt)
         k = load(sample, c + i * step)
+        q, r, t = _three(_met(queries, 2) + 4 * i, stride)
         cq, cr, ct = fma(q, k, cq), fma(r, k, cr), fma(t, k, ct)
         k = load(sample, d + i * step)
+        q, r, t = _three(_met(queries, 3) + 4 * i, stride)
         dq, dr, dt = fma(q, k, dq), fma(r, k, dr), fma(t, k, dt)
     u, v = row_scale(sample, rows[0]), row_scale(sample, rows[1])
     w, x = row_scale(sample, rows[2]), row_scale(sample, rows[3])
@@ -85,7 +98,7 @@ def dots3(
 def dots(
     sample: Sample,
     rows: tuple[Address, ...],
-    query: Address,
+    queries: tuple[Address, ...],
     dim: int,
     scores: Address,
 ) -> None:
@@ -94,20 +107,22 @@ def dots(
     a, b, c, d = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     whole = dim // LANES * LANES
     step = width(sample)
-    w = splat(np.float32(0))
+    f32 = np.float32(0)
+    p, q = _met(queries, 0), _met(queries, 1)
+    r, s = _met(queries, 2), _met(queries, 3)
+    w = splat(f32)
     x, y, z = w, w, w
     for i in range(0, whole, LANES):
-        q = load(np.float32(0), query + 4 * i)
-        w = fma(q, load(sample, a + i * step), w)
-        x = fma(q, load(sample, b + i * step), x)
-        y = fma(q, load(sample, c + i * step), y)
-        z = fma(q, load(sample, d + i * step), z)
+        w = fma(load(f32, p + 4 * i), load(sample, a + i * step), w)
+        x = fma(load(f32, q + 4 * i), load(sample, b + i * step), x)
+        y = fma(load(f32, r + 4 * i), load(sample, c + i * step), y)
+        z = fma(load(f32, s + 4 * i), load(sample, d + i * step), z)
     if whole < dim:
-        q = load(np.float32(0), query + 4 * whole)
-        w = fma(q, load_n(sample, a + whole * step, dim - whole), w)
-        x = fma(q, load_n(sample, b + whole * step, dim - whole), x)
-        y = fma(q, load_n(sample, c + whole * step, dim - whole), y)
-        z = fma(q, load_n(sample, d + whole * step, dim - whole), z)
+        at, left = whole * step, dim - whole
+        w = fma(load(f32, p + 4 * whole), load_n(sample, a + at, left), w)
+        x = fma(load(f32, q + 4 * whole), load_n(sample, b + at, left), x)
+        y = fma(load(f32, r + 4 * whole), load_n(sample, c + at, left), y)
+        z = fma(load(f32, s + 4 * whole), load_n(sample, d + at, left), z)
     put_totals4(
         scores,
         w,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .native import compile_native, sources
 from .room import room
+from .rotation import rotate_head
 from .simd import (
     LANES,
     Address,
@@ -30,7 +31,6 @@ from .simd import (
     scalar,
     splat,
     store,
-    sub,
     total,
 )
 from .simd_math import exp2
@@ -43,7 +43,6 @@ __all__ = [
     "put_rows",
     "rms_norm",
     "rotate",
-    "rotate_head",
     "rotate_heads",
     "silu_gate",
 ]
@@ -61,29 +60,6 @@ def copy(source: Address, out: Address, count: int) -> None:
         store(out + at, load(f32, source + at))
     for at in range(4 * whole, 4 * count, 4):
         put(out + at, scalar(f32, source + at))
-
-
-@kernel
-def rotate_head(
-    source: Address, out: Address, cos: Address, sin: Address, pairs: int, apart: int
-) -> None:
-    """Turn elements (i, i + pairs); rounded as torch's products and sums are, without fma.
-
-    The second one's cosine and sine lie `apart` bytes behind the first one's.
-    """
-    f32 = np.float32(0)
-    far = 4 * pairs
-    whole = pairs // LANES * LANES
-    for at in range(0, 4 * whole, 4 * LANES):
-        a, b = load(f32, source + at), load(f32, source + far + at)
-        c, s = load(f32, cos + at), load(f32, sin + at)
-        store(out + at, sub(mul(a, c), mul(b, s)))
-        c, s = load(f32, cos + apart + at), load(f32, sin + apart + at)
-        store(out + far + at, add(mul(b, c), mul(a, s)))
-    for at in range(4 * whole, far, 4):
-        x, y = scalar(f32, source + at), scalar(f32, source + far + at)
-        put(out + at, x * scalar(f32, cos + at) - y * scalar(f32, sin + at))
-        put(out + far + at, y * scalar(f32, cos + apart + at) + x * scalar(f32, sin + apart + at))
 
 
 @kernel

@@ -28,6 +28,7 @@ from .layout import (
     ROWS,
     SCALE,
     TILE,
+    TURN,
     VALUE,
     VALUE_OFFSET,
     WIDTH,
@@ -37,6 +38,7 @@ from .layout import (
     visible,
 )
 from .product import HEIGHT, product, product_onto
+from .rotation import turn_keys
 from .simd import (
     LANES,
     Address,
@@ -276,6 +278,8 @@ def run_wide(
         n = min(tile, get(item, KEY_HIGH) - first)
         addresses(params, item, first, n, key_at, value_at)
         _widen(sample, key, key_at, n, dim, keys)
+        if get(params, TURN) != 0:
+            turn_keys(params, item, first, n, keys)
         _widen(sample, value, value_at, n, dim, values)
         _wide_tile(params, item, first, n, rows, places)
     _gather_rows(acc, rows, dim, count, query)

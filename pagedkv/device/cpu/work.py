@@ -38,6 +38,7 @@ class Shape:
     width: int
     window: int
     causal: bool
+    turned: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def cut(query_start: Ints, resident: Ints, first_limit: Ints, shape: Shape) -> W
         query_start: int64[B + 1], where each sequence's queries begin in the packed batch.
         resident: int64[B], keys of each sequence.
         first_limit: int64[B], how many keys a sequence's first query sees (may be negative).
-        shape: Heads, sizes, window; `causal` means each further query sees one more key.
+        shape: Heads, sizes, window; `causal` means each further query sees one more key, `turned`
+            that queries are turned before they meet some blocks.
 
     Cost: some fifty numpy calls, whatever the batch.
     """
@@ -152,7 +154,9 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
     # All spans of a tile have one size: the tile's place is its first span's.
     items[:, at.PARTIAL_AT] = starts - items[:, at.SPAN] * sizes
     padded = _up(rows, at.ROWS) * at.ROWS
-    narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 6)
+    narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 7)
+    if shape.turned:  # for each entry of a tile
+        narrow = narrow + 4 * dims * rows * max(1, at.TILE // shape.block_size)
     wide = 8 * dims * padded + 24 * padded + 8 * at.TILE * dims
     wide = wide + 4 * (2 * at.TILE + 2) * at.ROWS + 16 * at.TILE
     scratch = int(np.where(items[:, at.WIDE] != 0, wide, narrow).max(initial=0))
