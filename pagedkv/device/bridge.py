@@ -67,7 +67,8 @@ class AttentionStep(Protocol):
 
         Args:
             layer_idx: 0-based layer; called once per layer and forward, in ascending order.
-            query: `[T, query_heads, head_dim]`, after any rotation; may be a strided view.
+            query: `[T, query_heads, head_dim]`, after any rotation; may be a strided view, and
+                may be overwritten by the next layer, like key and value.
             key: `[T, kv_heads, head_dim]`, after any rotation; may be a strided view.
             value: `[T, kv_heads, head_dim]`; may be a strided view.
             scaling: What the scores are multiplied by before the softmax.
@@ -104,7 +105,7 @@ class Recorder:
     ) -> Tensor:
         """Keep the arguments; `[T, query_heads, value's head_dim]` of zeros."""
         del scaling
-        self.calls.append(Call(layer_idx, query, key, value))
+        self.calls.append(Call(layer_idx, query.clone(), key.clone(), value.clone()))
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
 

@@ -119,9 +119,7 @@ class _Native:
         step, attention = ready.step(self, angles), self.attention
         if (
             step is None
-            or not native(hidden)
-            or not hidden.is_contiguous()
-            or hidden.shape[:2] != angles[0].shape[:2]
+            or not (hidden is ready.latest or _takes(hidden, angles[0]))
             or attention.training
             or not getattr(attention, "is_causal", True)
             or not ready.is_unchanged(self)
@@ -129,7 +127,13 @@ class _Native:
             return None
         query, key, value = self.calls.before(step, hidden)
         attended = attend.attend(attention.layer_idx, query, key, value, attention.scaling)
-        return self.calls.after(step, hidden, attended.contiguous())
+        ready.latest = self.calls.after(step, hidden, attended.contiguous())
+        return ready.latest
+
+
+def _takes(hidden: Tensor, angles: Tensor) -> bool:
+    """Whether native code is for these hidden states."""
+    return native(hidden) and hidden.is_contiguous() and hidden.shape[:2] == angles.shape[:2]
 
 
 class Ready:
@@ -140,6 +144,7 @@ class Ready:
     """
 
     def __init__(self, layers: Sequence[_Native | None] = ()) -> None:
+        self.latest: Tensor | None = None  # what a native layer gave is what the next one takes
         self._layers = layers
         self._unchanged: set[_Native] | None = None
         self._steps: dict[Any, Any] = {}

@@ -8,6 +8,7 @@ twin. All are used through xformers' public calls:
 """
 
 import math
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -50,15 +51,17 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
 
         What can be run is remembered on a bias of ours, for the layers that follow.
         """
-        seen = getattr(d.attn_bias, "prepared", {})
-        inputs = (d.query, d.key, d.value)
-        asked = cls, d.p, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
-        if asked in seen and not torch.is_grad_enabled():
-            return []
-        reasons = cls._refusals(d)
-        if not reasons:
-            seen[asked] = True
-        return reasons
+        prepared = getattr(d.attn_bias, "prepared", {})
+        inputs = d.query, d.key, d.value
+        asked = cls, d.p, *_shapes(inputs)
+        known = prepared.get(asked)
+        if known is None or torch.is_grad_enabled():
+            reasons = cls._refusals(d)
+            if reasons:
+                return reasons
+            known = prepared.setdefault(asked, {})
+        prepared[_LATEST] = inputs, known
+        return []
 
     @classmethod
     def _refusals(cls, d: Any) -> list[str]:
@@ -132,6 +135,23 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         """Make what its calls with this bias share, while the step's arrays are being sent."""
 
 
+_LATEST = (
+    "latest"  # in `prepared`: inputs that were looked at last, and what is known of their like
+)
+
+
+def _shapes(inputs: Any) -> tuple[Any, ...]:
+    """What tells inputs from others: a dozen questions to torch, for each layer of a step."""
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
+
+
+def _known(prepared: dict[Any, Any], inputs: Any) -> dict[Any, Any]:
+    """Where what is known of such inputs is kept; xformers has mostly just had them looked at."""
+    latest, known = prepared.pop(_LATEST, ((None,) * 3, {}))
+    same = all(map(is_, latest, inputs))
+    return known if same else prepared.setdefault(_shapes(inputs), {})
+
+
 def outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Empty fp32 out [1, T, G, H, D] and lse [G * H, T]; block lse [T, G * H, W] if wanted."""
     _, tokens, groups, heads, _ = q.shape
@@ -154,8 +174,11 @@ def result(
     """
     if isinstance(inp.attn_bias, PagedBias):
         inp.attn_bias.lse = lse
-    shape = inp.query.shape
-    out = out.view(shape).to(inp.get_output_dtype())
+    shape, dtype = inp.query.shape, inp.get_output_dtype()
+    if out.dim() != len(shape):
+        out = out.view(shape)
+    if out.dtype != dtype:
+        out = out.to(dtype)
     if not needs_gradient:
         return out, None
     return out, common.Context(out=out, lse=lse.view(1, *shape[2:-1], shape[1]))
@@ -194,7 +217,8 @@ class CpuPagedOp(PagedOp):
         if out.numel():
             batch = read(inp.attn_bias)
             prepared = getattr(inp.attn_bias, "prepared", {})
-            call.run(batch, prepared, (q, k, v), (out, lse, block_lse), inp.scale_float)
+            known = _known(prepared, (q, k, v))
+            call.run(batch, prepared, known, (q, k, v), (out, lse, block_lse), inp.scale_float)
         return result(inp, out, lse, needs_gradient)
 
 
@@ -256,7 +280,9 @@ def paged_attention(
     # As `view` and `expand` would, in one step: a decode step does this for every layer.
     wide = (1, blocks * size, kv_heads, group, row)
     steps = (0, kv_heads * row, row, 0, 1)
-    asked = query.to(op.asked_in(query.dtype, key_cache.dtype))
+    dtype = query.dtype
+    asked_in = op.asked_in(dtype, key_cache.dtype)
+    asked = query if dtype == asked_in else query.to(asked_in)
     out: torch.Tensor = ops.memory_efficient_attention_forward(
         asked.reshape(1, tokens, kv_heads, group, dim),
         key_cache.as_strided(wide, steps),
@@ -264,6 +290,6 @@ def paged_attention(
         attn_bias=bias,
         scale=scale,
         op=op,
-        output_dtype=query.dtype,
+        output_dtype=dtype,
     )
     return out.view(tokens, heads, dim)

@@ -40,6 +40,7 @@ def get_ready(dtype: torch.dtype) -> None:
 def run(
     batch: Any,
     prepared: dict[Any, Any],
+    known: dict[Any, Any],
     inputs: Tensors,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     scale: float,
@@ -48,7 +49,8 @@ def run(
 
     Args:
         batch: The bias as `operators._Batch`.
-        prepared: Where what the step's further layers share is remembered: the cut, the parameters.
+        prepared: Where what the step's further layers share is remembered: the cut.
+        known: The same, of those whose inputs are laid out like these: the parameters.
         inputs: query [1, T, G, H, D], key and value [1, slots, G, H, D] (H of stride 0 if shared),
             or rows of int32 words as `quantize` packs them.
         outputs: out fp32[1, T, G, H, D], lse fp32[G * H, T], block lse fp32[T, G * H, W] or None.
@@ -56,10 +58,9 @@ def run(
     """
     out, lse, block_lse = outputs
     threads = torch.get_num_threads()
-    known = (threads, scale, *((x.shape, x.stride(), x.dtype) for x in inputs))
-    if known not in prepared:
-        prepared[known] = _describe(batch, prepared, inputs, scale, threads)
-    call: _Call = prepared[known]
+    if (threads, scale) not in known:
+        known[threads, scale] = _describe(batch, prepared, inputs, scale, threads)
+    call: _Call = known[threads, scale]
     # Not numpy: a step makes one for each layer, and the address of an array takes it long.
     params = _Params.from_buffer_copy(call.params)
     entries = 0 if block_lse is None else block_lse.data_ptr()

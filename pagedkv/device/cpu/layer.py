@@ -241,7 +241,8 @@ class Step:
         normed, wide = rows * shape.hidden, rows * shape.width
         sizes = [rows * _whole(heads * dim) for heads in shape.heads]
         begins = 0, sizes[0], sizes[0] + sizes[1]
-        space = room(normed + 2 * wide)
+        made = normed + 2 * wide
+        space = room(made + sum(sizes))
         at = space.data_ptr()
         angles = cos.data_ptr(), sin.data_ptr(), cos.shape[2] // 2
         between = at, at + 4 * normed, at + 4 * (normed + wide)
@@ -249,10 +250,10 @@ class Step:
         self._owned = cos, sin, space
         self._record = (c_int64 * _STEP)(*_team(), tokens, *angles, *between, *behind)
         self.address = addressof(self._record)
-        self.size = sum(sizes)
-        # Shape, strides and place of a layer's queries, keys and values.
+        self.made = at + 4 * made
+        # The same for every layer: torch takes as long to make them as to compute with them.
         self.views = [
-            ((tokens, heads, dim), (heads * dim, dim, 1), begin)
+            space.as_strided((tokens, heads, dim), (heads * dim, dim, 1), made + begin)
             for heads, begin in zip(shape.heads, begins, strict=True)
         ]
 
@@ -292,15 +293,14 @@ class Layer:
         self.shape = Shape(weights[DOWN].outputs, head_dim, (q, k, v), width)
 
     def before(self, step: Step, hidden: Tensor) -> list[Tensor]:
-        """Return queries, keys and values: [T, heads, dim] each.
+        """Return queries, keys and values: [T, heads, dim] each, until a next layer makes its own.
 
         Args:
             step: For layers of this shape.
             hidden: fp32 [1, T, size], contiguous.
         """
-        made = room(step.size)
-        self._before(self._address, step.address, hidden.data_ptr(), made.data_ptr())
-        return [made.as_strided(*view) for view in step.views]
+        self._before(self._address, step.address, hidden.data_ptr(), step.made)
+        return step.views
 
     def after(self, step: Step, hidden: Tensor, attended: Tensor) -> Tensor:
         """Return the hidden states that the layer ends with: fp32 [1, T, size].
