@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pagedkv.device import memory
@@ -134,6 +135,7 @@ def _placed(x: torch.Tensor, allocate: Callable[..., torch.Tensor]) -> torch.Ten
     return allocate(tuple(x.shape), x.dtype).copy_(x)
 
 
+Times = npt.NDArray[np.float64]
 Attend = Callable[[Pair], object]  # one layer
 
 
@@ -187,21 +189,21 @@ def check(s: Setup) -> float:
     )
 
 
-def best_times(
+def times_by_turns(
     functions: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] | None
-) -> dict[str, float]:
-    """Seconds of the fastest call of each, taken in turn; `before` runs untimed before each."""
-    best = dict.fromkeys(functions, float("inf"))
+) -> dict[str, Times]:
+    """Seconds of each call in each round: [rounds]; `before` runs untimed before each."""
+    times = {name: np.empty(rounds) for name in functions}
     for function in functions.values():
         function()  # compiles, allocates
-    for _ in range(rounds):
+    for i in range(rounds):
         for name, function in functions.items():
             if before is not None:
                 before()
             start = time.perf_counter()
             function()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            times[name][i] = time.perf_counter() - start
+    return times
 
 
 def allocator(pages: str) -> Callable[..., torch.Tensor]:

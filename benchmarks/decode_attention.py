@@ -7,8 +7,8 @@
 
 `--suite` puts the goals beside what was measured: decode in four shapes, one long sequence on one
 thread and on all, prompts in chunks. Every contender runs in turn within one round, over several
-layers as a model's step does, and the best of all rounds counts, per layer: read the ratios, not
-the milliseconds. The contenders:
+layers as a model's step does. Milliseconds are medians, per layer; a ratio is the median of the
+rounds' ratios, so that a slow second falls on both sides: read these. The contenders:
 
 - kernel, kernel+lse: pagedkv's CPU operator on shuffled blocks, without and with per-block lse;
 - int8+lse: the same with keys and values in 8 bits; its GB/s are of the bytes it reads;
@@ -30,17 +30,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from attention import (
     DTYPES,
     Setup,
     Shape,
+    Times,
     allocator,
-    best_times,
     check,
     contenders,
     machine,
     prepare,
+    times_by_turns,
 )
 
 from pagedkv.device.quantize import row_words
@@ -62,17 +64,27 @@ def measure(
     rounds: int,
     names: tuple[str, ...] = (),
     before: Callable[[], object] | None = None,
-) -> dict[str, float]:
-    """Seconds per layer of the contenders named, or of all."""
+) -> dict[str, Times]:
+    """Seconds per layer and round of the contenders named, or of all."""
     ways = contenders(setup)
     ways = {name: ways[name] for name in names or ways}
-    times = best_times(ways, rounds, before)
+    times = times_by_turns(ways, rounds, before)
     return {name: seconds / len(setup.paged) for name, seconds in times.items()}
+
+
+def ms(seconds: Times) -> float:
+    """What one round in the middle took."""
+    return float(np.median(seconds)) * 1e3
+
+
+def ratio(theirs: Times, ours: Times) -> float:
+    """How many times as long they took, in one round in the middle."""
+    return float(np.median(theirs / ours))
 
 
 def record(
     args: argparse.Namespace, shape: Shape, names: tuple[str, ...]
-) -> tuple[dict[str, float], dict[str, object]]:
+) -> tuple[dict[str, Times], dict[str, object]]:
     """Seconds per layer, once the kernel's output is torch's; and what goes into the JSON."""
     # Prompts are bound by arithmetic: where their caches come from matters little.
     layers = args.layers or (4 if shape.queries > 1 else 0)
@@ -81,7 +93,7 @@ def record(
     assert difference < 1e-4, difference
     seconds = measure(setup, args.rounds, names)
     found = {"shape": asdict(shape), "threads": torch.get_num_threads(), "difference": difference}
-    return seconds, {**found, "seconds": seconds}
+    return seconds, {**found, "seconds": {name: [*each] for name, each in seconds.items()}}
 
 
 def decode(args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -93,8 +105,9 @@ def decode(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     for name, shape in DECODE.items():
         times, found = record(args, shape, names)
         ours, packed, dense, read = (times[name] for name in names)
-        print(name.ljust(20) + "".join(f"{times[name] * 1e3:10.2f}" for name in names), end="   ")
-        print(f"{dense / ours:9.2f}x{read / ours:9.0%}{ours / packed:6.2f}x", flush=True)
+        print(name.ljust(20) + "".join(f"{ms(times[name]):10.2f}" for name in names), end="   ")
+        print(f"{ratio(dense, ours):9.2f}x{ratio(read, ours):9.0%}", end="")
+        print(f"{ratio(ours, packed):6.2f}x", flush=True)
         yield found
 
 
@@ -108,9 +121,9 @@ def prompts(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             names = ("kernel+lse", "torch dense", "torch gqa", "torch unmasked")
             times, found = record(args, chunk, names)
             ours, unmasked = times["kernel+lse"], times["torch unmasked"]
-            dense = min(times["torch dense"], times["torch gqa"])
-            print(f"{f'{queries}, {name}':20}{ours * 1e3:10.2f}{dense * 1e3:10.2f}", end="")
-            print(f"{unmasked * 1e3:10.2f}   {dense / ours:9.2f}x", flush=True)
+            dense = min(times["torch dense"], times["torch gqa"], key=ms)
+            print(f"{f'{queries}, {name}':20}{ms(ours):10.2f}{ms(dense):10.2f}", end="")
+            print(f"{ms(unmasked):10.2f}   {ratio(dense, ours):9.2f}x", flush=True)
             yield found
 
 
@@ -122,7 +135,8 @@ def threads(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         times[count], found = record(args, LONG, names)
         yield found
     print(f"\n1 x {LONG.context} tokens, {every} threads over 1: ", end="")
-    print(", ".join(f"{name} {times[1][name] / times[every][name]:.2f}x" for name in names))
+    one, all_of_them = times[1], times[every]
+    print(", ".join(f"{name} {ms(one[name]) / ms(all_of_them[name]):.2f}x" for name in names))
 
 
 def suite(args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -142,12 +156,14 @@ def single(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     print(f"{'':14}{'ms':>9}{'GB/s':>8}{'vs torch dense':>16}{'of plain read':>15}")
     less = shape.dim * DTYPES[shape.dtype].itemsize / (4 * row_words(shape.dim))
     for name, seconds in times.items():
-        rate = read / seconds / (less if name.startswith("int8") else 1)
-        speed, bandwidth = times["torch dense"] / seconds, rate * times["plain read"] / read
-        print(f"{name:14}{seconds * 1e3:9.2f}{rate:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
-    faster = times["kernel+lse"] / times["int8+lse"]
+        share = 1 / less if name.startswith("int8") else 1
+        rate, speed = share * read / ms(seconds) * 1e3, ratio(times["torch dense"], seconds)
+        bandwidth = share * ratio(times["plain read"], seconds)
+        print(f"{name:14}{ms(seconds):9.2f}{rate:8.1f}{speed:15.2f}x{bandwidth:15.0%}")
+    faster = ratio(times["kernel+lse"], times["int8+lse"])
     print(f"8 bits: {less:.2f}x less memory, {faster:.2f}x as fast as {shape.dtype}")
-    yield {"shape": asdict(shape), "seconds": times}
+    by_round = {name: [*each] for name, each in times.items()}
+    yield {"shape": asdict(shape), "seconds": by_round}
 
 
 def matmul(batch: int) -> Callable[[], object]:
@@ -176,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default=usual.dtype)
     parser.add_argument("--layers", type=int, default=0, help="0: more than caches hold")
     parser.add_argument("--pages", choices=("huge", "small"), default="huge")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alternate", action="store_true", help="a matmul before each pass")
     parser.add_argument("--json", type=Path, help="also write the results there")
@@ -191,7 +207,7 @@ def main() -> None:
         found = list(suite(args) if args.suite else single(args))
     if args.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        record = {"schema_version": 2, "config": settings, "seed": args.seed, "results": found}
+        record = {"schema_version": 3, "config": settings, "seed": args.seed, "results": found}
         args.json.write_text(json.dumps({**record, "machine": machine()}, indent=1) + "\n")
 
 

@@ -148,8 +148,9 @@ def _shapes(inputs: Any) -> tuple[Any, ...]:
 def _known(prepared: dict[Any, Any], inputs: Any) -> dict[Any, Any]:
     """Where what is known of such inputs is kept; xformers has mostly just had them looked at."""
     latest, known = prepared.pop(_LATEST, ((None,) * 3, {}))
-    same = all(map(is_, latest, inputs))
-    return known if same else prepared.setdefault(_shapes(inputs), {})
+    if not all(map(is_, latest, inputs)):
+        known = prepared.setdefault(_shapes(inputs), {})
+    return known  # type: ignore[no-any-return]
 
 
 def outputs(inp: Any, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
