@@ -37,15 +37,6 @@ def test_computing_prompts_is_for_budgets(monkeypatch, capsys):
     assert "--prefill says nothing without --budget" in capsys.readouterr().err
 
 
-def test_the_shares_of_a_step_whose_queries_turn_name_the_turning(monkeypatch, tmp_path):
-    path = tmp_path / "result.json"
-    small = [f"--{name}={value}" for name, value in SMALL.items()]
-    more = ["--model=tiny-random", "--policy=streaming + budget=64", "--threads=1"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *small, *more, f"--json={path}"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert json.loads(path.read_text())["parts"]["turning queries and merging"] > 0
-
-
 def test_a_budget_is_held_and_reported(monkeypatch, tmp_path, capsys):
     path = tmp_path / "result.json"
     small = [f"--{name}={value}" for name, value in SMALL.items()]

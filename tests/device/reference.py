@@ -77,11 +77,10 @@ class DenseStep:
         self, layer_idx: int, sequence: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         slot = (layer_idx, sequence)
-        if slot in self.memory:
-            old_key, old_value = self.memory[slot]
-            key, value = torch.cat([old_key, key]), torch.cat([old_value, value])
-        self.memory[slot] = key, value
-        return key, value
+        old_key, old_value = self.memory.get(slot, (key[:0], value[:0]))
+        # Copies: the next layer may overwrite what this one hands on.
+        self.memory[slot] = torch.cat([old_key, key]), torch.cat([old_value, value])
+        return self.memory[slot]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:

@@ -72,6 +72,34 @@ def test_one_long_row_is_shared_between_threads() -> None:
     assert len(items_of([(1, 32_768)], shape(width=2048))) >= 16
 
 
+@pytest.mark.parametrize("size", [1, 16, 48, 200])
+def test_spans_of_decode_are_whole_tiles(size: int) -> None:
+    """Of whole blocks; but the last, and what is shorter than a tile."""
+    tile = max(layout.TILE // size, 1) * size
+    for resident in (1, tile, tile + 1, 520, 1000, 5000):
+        items = items_of([(1, resident)], shape(block_size=size, width=5000))
+        items = items[np.argsort(items[:, layout.SPAN])]
+        lengths = items[:, layout.KEY_HIGH] - items[:, layout.KEY_LOW]
+        assert (lengths[:-1] % tile == 0).all()
+        assert lengths.sum() == resident
+
+
+@pytest.mark.parametrize("rows", [[(1, 32_768)], [(1, 500)] * 77, [(1, 1)], [(300, 900), (1, 9)]])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_runs_of_items_are_all_of_them_and_get_shorter(
+    rows: list[tuple[int, int]], threads: int
+) -> None:
+    queries, resident = np.array(rows, np.int64).T
+    starts = np.concatenate([[0], np.cumsum(queries)])
+    work = cut(starts, resident, resident - queries + 1, shape(width=2048))
+    runs = work.runs(threads)
+    sizes = np.diff(runs)
+    assert (runs[0], runs[-1]) == (0, len(work.items))
+    assert (np.diff(sizes) <= 0).all()
+    assert sizes[0] == 1 if work.any_wide else sizes[0] <= max(1, len(work.items) / threads / 2)
+    assert sizes[-1] == 1
+
+
 def test_a_window_skips_what_is_out_of_sight() -> None:
     items = items_of([(1, 1000)], shape(window=100))
     assert items[:, layout.KEY_LOW].min() == 896  # the block that holds key 900

@@ -14,7 +14,7 @@ import torch
 
 from pagedkv import LLM, SamplingParams
 from pagedkv.core.plan import StepPlan, StepResult
-from pagedkv.device import bias, observer, sampling
+from pagedkv.device import observer, sampling, send
 from pagedkv.device.dispatch import choose_operator
 from pagedkv.device.executor import TorchExecutor
 from pagedkv.device.gathered import GatheredOp
@@ -55,7 +55,7 @@ class Double:
         self.kind = choose_operator("cuda", torch.float16, stored=stored, head_dim=32)
         self.here, self.mode, self.kernel = llm.engine.executor, fake_device(), Launcher()
         self.steps: list[tuple[StepPlan, Crossings, int]] = []
-        monkeypatch.setattr(bias, "_send", self.send_alone)
+        monkeypatch.setattr(send, "_send", self.send_alone)
         for module in (observer, sampling):
             monkeypatch.setattr(module, "fetch", self.fetch)
         # Single slots are gathered, by another operator of the same kernel.

@@ -65,7 +65,7 @@ def run(
     params = _Params.from_buffer_copy(call.params)
     entries = 0 if block_lse is None else block_lse.data_ptr()
     params[at.QUERY : at.TABLE] = [*(x.data_ptr() for x in (*inputs, out, lse)), entries]
-    launch(call.kind, addressof(params), min(threads, params[at.NUM_ITEMS]))
+    launch(call.kind, addressof(params), min(threads, params[at.NUM_RUNS]))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _describe(
     shared = heads == 1 or (key.stride(3) == 0 and value.stride(3) == 0)
     kv_heads, group = (groups, heads) if shared else (groups * heads, 1)
     work = _work(batch, prepared, kv_heads, group, dim)
-    memory = work.memory(threads)
+    runs, memory = work.runs(threads), work.memory(threads)
     start = -(-memory.ctypes.data // 64) * 64
     head_step = heads if shared else 1
     offsets = [_head_offsets(query, 1), *(_head_offsets(x, head_step) for x in (key, value))]
@@ -93,7 +93,7 @@ def _describe(
     params = np.zeros(at.NUM_PARAMS, np.int64)
     params[at.ITEMS : at.QUERY] = (
         work.items.ctypes.data,
-        len(work.items),
+        len(runs) - 1,
         start,
         work.scratch_bytes,
         start + threads * work.scratch_bytes,
@@ -114,8 +114,8 @@ def _describe(
         int(batch.causal),
     )
     params.view(np.float32)[2 * at.SCALE] = scale * _LOG2_E
-    params[at.RUN] = work.run(threads)
-    owned = batch, work, memory, *offsets
+    params[at.RUNS] = runs.ctypes.data
+    owned = batch, work, runs, memory, *offsets
     if batch.turns is not None:
         turns, back = batch.turns, -batch.turns.sin
         tables = (x.data_ptr() for x in (turns.cos, turns.sin, back))

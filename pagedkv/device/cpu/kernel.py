@@ -44,12 +44,12 @@ from .layout import (
     LSE,
     NEXT,
     NUM_FIELDS,
-    NUM_ITEMS,
     NUM_QUERIES,
+    NUM_RUNS,
     OUT,
     PARTIAL,
     PARTIAL_AT,
-    RUN,
+    RUNS,
     SCRATCH,
     SCRATCH_BYTES,
     SPAN,
@@ -168,10 +168,11 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
     """What each thread does: take runs of items until none is left."""
     thread = atomic_add(params + 8 * THREAD, 1)
     scratch = get(params, SCRATCH) + thread * get(params, SCRATCH_BYTES)
-    count, run = get(params, NUM_ITEMS), get(params, RUN)
-    i = atomic_add(params + 8 * NEXT, run)
-    while i < count:
-        for j in range(i, min(i + run, count)):
+    i = atomic_add(params + 8 * NEXT, 1)
+    while i < get(params, NUM_RUNS):
+        begin = get(params, RUNS) + 8 * i
+        end = get(begin, 1)
+        for j in range(get(begin, 0), end):
             item = get(params, ITEMS) + 8 * NUM_FIELDS * j
             if get(params, BLOCK_LSE) != 0:
                 clear_block_lse(params, item)
@@ -179,10 +180,10 @@ def _work(asked: Sample, sample: Sample, params: Address) -> None:
                 acc, tops, masses = run_wide(asked, sample, params, item, scratch)
             else:
                 # What this thread reads next.
-                following = item + 8 * NUM_FIELDS if j + 1 < min(i + run, count) else 0
+                following = item + 8 * NUM_FIELDS if j + 1 < end else 0
                 acc, tops, masses = run_narrow(asked, sample, params, item, scratch, following)
             _finish(params, item, acc, tops, masses)
-        i = atomic_add(params + 8 * NEXT, run)
+        i = atomic_add(params + 8 * NEXT, 1)
 
 
 # ---- compiling and running ----------------------------------------------------------------

@@ -15,11 +15,11 @@ FAINT = 1.0e-30  # a block's sum below this is taken again against the block's o
 LN2 = math.log(2.0)
 
 # Fields of the call's parameters, all 8 bytes; addresses unless said otherwise.
-NEXT, THREAD, ITEMS, NUM_ITEMS, SCRATCH, SCRATCH_BYTES, PARTIAL, ARRIVED = range(8)
+NEXT, THREAD, ITEMS, NUM_RUNS, SCRATCH, SCRATCH_BYTES, PARTIAL, ARRIVED = range(8)
 QUERY, KEY, VALUE, OUT, LSE, BLOCK_LSE, TABLE, SLOT_BASE = range(8, 16)
 QUERY_OFFSET, KEY_OFFSET, VALUE_OFFSET = range(16, 19)  # per head, bytes
 QUERY_STRIDE, KEY_STRIDE, VALUE_STRIDE = range(19, 22)  # bytes per token or slot
-TOKENS, KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, WIDTH, WINDOW, SLOPE, SCALE, RUN = range(22, 32)
+TOKENS, KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, WIDTH, WINDOW, SLOPE, SCALE, RUNS = range(22, 32)
 # By which row of angles queries are turned before they meet a table's entries, int32 like the table
 # or 0 for none at all; the angles' cosines, sines, and sines the other way round, fp32 [U, PAIRS].
 TURN, COS, SIN, BACK, PAIRS, INTERLEAVED = range(32, 38)

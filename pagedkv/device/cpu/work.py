@@ -21,8 +21,8 @@ Ints = npt.NDArray[np.int64]
 
 _WIDE_FROM = 16  # query rows per KV head from which lanes over rows pay
 _WIDE_ROWS = 192  # query rows of one wide item
-_NARROW_SPAN = 256  # keys of a span in decode: short enough that one long row uses all cores
-_RUNS = 16  # runs of items for each thread: enough that a slow core costs little
+# Keys of a span in decode: whole tiles, and few enough that one long row uses all cores.
+_NARROW_SPAN = 3 * at.TILE
 _WIDE_SPAN = 1024
 _WIDE_ITEMS = 8  # a wide sequence with fewer items than this also cuts its keys
 
@@ -38,7 +38,7 @@ class Shape:
     width: int
     window: int
     causal: bool
-    turned: bool
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,20 @@ class Work:
     any_wide: bool
     buffers: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
-    def run(self, threads: int) -> int:
-        """How many items in a row a thread takes at a time.
+    def runs(self, threads: int) -> Ints:
+        """Where runs of items begin, and where the last ends: threads take one run at a time.
 
-        In decode neighbours are mostly spans of one sequence, and what is asked for ahead of its
-        use at the end of one serves the next. No result depends on it.
+        In decode, what a thread attends to next is asked for ahead of its use, as far as its run
+        goes. So first runs are long, half of what is left to each thread, and later ones short:
+        then a slow core costs little. No result depends on it.
         """
-        return 1 if self.any_wide else max(1, len(self.items) // (threads * _RUNS))
+        left, sizes = len(self.items), []
+        while left:
+            size = 1 if self.any_wide else max(1, left // (2 * threads))
+            count = min(threads, left // size) if size > 1 else left
+            sizes.append(np.full(count, size))
+            left -= size * count
+        return np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64)
 
     def memory(self, threads: int) -> npt.NDArray[np.uint8]:
         """Scratch for `threads` threads followed by the partial results; kept for the next call."""
@@ -136,11 +143,16 @@ def _expand(counts: Ints) -> tuple[Ints, Ints]:
 
 
 def _spans(length: Ints, wide: npt.NDArray[np.bool_], items: Ints, unit: int) -> tuple[Ints, Ints]:
-    """Keys of a span, a multiple of `unit`, and spans of a tile."""
+    """Keys of a span, a multiple of `unit`, and spans of a tile.
+
+    In decode they are whole tiles of keys where there are several, since a short tile costs more.
+    """
     fine = _up(length, _NARROW_SPAN)
     coarse = np.minimum(_up(length, _WIDE_SPAN), _up(_WIDE_ITEMS, np.maximum(items, 1)))
     wanted = np.maximum(np.where(wide, coarse, fine), 1)
-    span = np.maximum(_up(_up(length, wanted), unit) * unit, unit)
+    tile = max(at.TILE // unit, 1) * unit
+    grain = np.where(wide | (length <= tile), unit, tile)
+    span = np.maximum(_up(_up(length, wanted), grain) * grain, unit)
     return span, np.maximum(_up(length, span), 1)
 
 
