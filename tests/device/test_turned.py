@@ -81,6 +81,7 @@ SHAPES = [
     {"size": 16, "width": 20, "heads": (9, 3), "dim": 64, "pairs": 32},  # three heads at a time
     {"size": 1, "width": 300},  # a turn for each token, several tiles
     {"size": 200, "width": 3, "pairs": 10},  # blocks longer than a tile
+    {"size": 200, "width": 3, "heads": (64, 16), "dim": 64, "pairs": 32},
     {"size": 4, "width": 50, "heads": (8, 1), "dim": 64, "pairs": 16},
     {"size": 16, "width": 9, "heads": (4, 4), "dim": 16, "pairs": 8},
 ]

@@ -167,8 +167,9 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
     items[:, at.PARTIAL_AT] = starts - items[:, at.SPAN] * sizes
     padded = _up(rows, at.ROWS) * at.ROWS
     narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 7)
-    if shape.turned:  # for each entry of a tile
-        narrow = narrow + 4 * dims * rows * max(1, at.TILE // shape.block_size)
+    if shape.turned:  # for each entry of the table that a tile may reach into
+        entries = at.TILE // shape.block_size if shape.block_size <= at.TILE else 2
+        narrow = narrow + 4 * dims * rows * entries
     wide = 8 * dims * padded + 24 * padded + 8 * at.TILE * dims
     wide = wide + 4 * (2 * at.TILE + 2) * at.ROWS + 16 * at.TILE
     scratch = int(np.where(items[:, at.WIDE] != 0, wide, narrow).max(initial=0))
