@@ -4,6 +4,7 @@ A verb's module has ``add_parser(subparsers) -> None`` and ``run(args) -> int``.
 """
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -154,6 +155,8 @@ def _message(fault: Exception) -> str | None:
     """What to tell the user, or None if the fault is ours."""
     lost = _lost_output()
     if isinstance(fault, OSError):
+        if fault.errno == errno.ENOSPC and fault.filename is None:  # what has no buffer to flush
+            lost = fault.strerror
         return f"standard output: cannot be written: {lost}" if lost else None
     if isinstance(fault, PolicyError):
         return str(fault)  # may go on for two lines that point at the place

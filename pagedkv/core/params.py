@@ -156,6 +156,11 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         return self.beam_width or self.best_of or self.n
 
     @property
+    def grows(self) -> bool:
+        """Whether what is drawn first is returned: else it is chosen once all has been drawn."""
+        return self.beam_width is None and not self.ranks
+
+    @property
     def ranks(self) -> bool:
         """Whether only the likeliest of the drawn sequences are returned."""
         return self.beam_width is None and self.width > self.n

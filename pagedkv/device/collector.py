@@ -69,8 +69,7 @@ class OutputCollector:
         if params.prompt_logprobs is not None:
             tracked.prompt_logprobs = [None] * len(request.prompt_token_ids)
             self._scored[seq_ids[0]] = tracked
-        watches = streams and params.beam_width is None  # beams have no text until they end
-        if watches or params.stop or params.logprobs is not None:
+        if (streams and params.grows) or params.stop or params.logprobs is not None:
             for index, seq_id in enumerate(seq_ids):
                 text = TextStream(self._tokenizer, params.stop, hidden=self._hidden)
                 self._watched[seq_id] = _Watched(tracked, index, text)
@@ -187,13 +186,15 @@ class OutputCollector:
     def snapshots(self, output: StepOutput) -> list[RequestOutput]:
         """Return the requests that a step gave tokens to and that have not finished, as they are.
 
-        Only for requests tracked with ``streams``.
+        Only for requests tracked with ``streams``; those whose outputs are chosen at their end, by
+        ``best_of`` or a beam search, have nothing to show before.
         """
         touched: dict[str, _Tracked] = {}
         for seq_id in output.seq_ids.tolist():
             if seq_id in self._watched:
                 tracked = self._watched[seq_id].tracked
-                touched[tracked.request.request_id] = tracked
+                if tracked.request.sampling.grows:
+                    touched[tracked.request.request_id] = tracked
         return [self._output(tracked) for tracked in touched.values()]
 
     def _output(self, tracked: _Tracked) -> RequestOutput:

@@ -145,7 +145,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Serve all prompts and yield each request whenever it has new tokens; see `generate`.
 
-        An output holds everything generated so far; the last one of a request is ``finished``.
+        An output holds everything generated so far; the last one of a request is ``finished``, and
+        the only one where ``best_of`` or a beam search chooses among what was drawn.
         Closing the iterator early aborts what is left.
 
         Raises:

@@ -88,6 +88,12 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         batch = read(d.attn_bias)
         if batch.turns is not None and not cls.TURNS:
             reasons.append("it turns no queries: attend with a TurnedBias")
+        if batch.turns is not None and batch.turns.index.shape != batch.table.shape:
+            shapes = f"{batch.turns.index.shape}, not for {batch.table.shape}"
+            reasons.append(f"the turns are for a block table of {shapes}")
+        if batch.turns is not None and 2 * batch.turns.cos.shape[1] > d.query.shape[-1]:
+            turned = 2 * batch.turns.cos.shape[1]
+            reasons.append(f"{turned} elements are turned, of heads of {d.query.shape[-1]}")
         if batch.query_start[-1] != d.query.shape[1]:
             reasons.append(
                 f"the bias is for {batch.query_start[-1]} queries, not {d.query.shape[1]}"

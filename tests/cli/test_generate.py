@@ -75,6 +75,17 @@ def test_a_stream_says_the_same_as_text_and_as_json(cli):
     assert cli(*args).out == printed
 
 
+def test_the_best_of_several_is_streamed_once_it_is_known(cli):
+    args = ("generate", *TINY, "--best-of", 3, "--n", 1, "--max-tokens", 6, "--seed", 1)
+    prompts = ("--temperature", 1, "Hello", "Bye")
+    assert cli(*args, "--stream", *prompts).out == cli(*args, *prompts).out
+    whole = {
+        row["index"]: row["outputs"][0]["text"] for row in rows(cli(*args, "--json", *prompts))
+    }
+    news = rows(cli(*args, "--stream", "--json", *prompts))
+    assert {row["index"]: row["delta"] for row in news} == whole
+
+
 def test_a_seed_fixes_the_draws(cli):
     args = ("generate", *TINY, "--max-tokens", 8, "--temperature", 1, "--json", "Hello")
     drawn = [cli(*args, "--seed", seed).out for seed in (1, 1, 2)]

@@ -1,5 +1,6 @@
 """What commands write: whole files or none, and one line of why where nothing can be written."""
 
+import io
 import json
 import os
 import sys
@@ -95,8 +96,10 @@ def test_a_trace_for_a_full_disk_is_told_in_a_line(cli):
 
 @needs_full
 @pytest.mark.parametrize("flags", [("--output-json", "-"), ()])
-def test_standard_output_that_is_full_is_told_in_a_line(cli, monkeypatch, capsys, flags):
-    with FULL.open("w") as full:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_standard_output_that_is_full_is_told_in_a_line(cli, monkeypatch, capsys, flags, buffered):
+    raw = FULL.open("wb", buffering=-1 if buffered else 0)
+    with io.TextIOWrapper(raw, write_through=not buffered) as full:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", full)
             found = cli(*SMALL, *flags)

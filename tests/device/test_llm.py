@@ -96,6 +96,16 @@ def test_streaming_grows_to_what_generate_gives(llm):
     assert all(p.finished for p in seen.values())
 
 
+@pytest.mark.parametrize("more", [{}, {"stop": ("e",), "logprobs": 1}])
+def test_a_stream_yields_the_best_of_several_once_all_are_there(llm, more):
+    asked = SamplingParams(n=1, best_of=3, temperature=1.0, seed=1, max_tokens=12, **more)
+    streamed = list(llm.stream(["hello", "there"], asked))
+    assert [len(output.outputs) for output in streamed] == [1, 1]
+    whole = llm.generate(["hello", "there"], asked)
+    found = {output.prompt: output.token_ids for output in streamed}
+    assert found == {output.prompt: output.token_ids for output in whole}
+
+
 def test_a_stream_that_is_closed_early_leaves_nothing_behind(llm):
     stream = llm.stream(["hello", "there"], GREEDY)
     next(stream)

@@ -10,6 +10,7 @@ from pagedkv.device.turned import TurnedBias
 from pagedkv.device.turns import Turns
 
 SIZE, HEADS, KV_HEADS, DIM, WIDTH = 8, 6, 2, 20, 7
+FREQUENCIES = (1.0, 0.5)
 PAIRS = 6  # the last 8 elements of a head are not rotated
 
 
@@ -129,13 +130,27 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(queries):
 
 def test_turning_by_nothing_changes_no_bit():
     case = Case(MIXED)
-    case.turns = Turns(np.zeros_like(case.tables), (1.0, 0.5))
+    case.turns = Turns(np.zeros_like(case.tables), FREQUENCIES)
     bias = PagedBias.build(case.start, case.resident, case.tables, case.size, want_block_lse=True)
     plain = paged_attention(case.query, case.keys, case.values, bias, 0.3, CpuPagedOp)
     out, lse, entries = case.attend(CpuPagedOp)
     assert torch.equal(out, plain)
     assert torch.equal(lse, bias.lse)
     assert torch.equal(entries, bias.block_lse)
+
+
+@pytest.mark.parametrize("op", [CpuPagedOp, ReferenceOp])
+def test_turns_of_other_tables_or_longer_heads_are_refused(op):
+    case = Case(DECODE)
+    case.turns = Turns(np.zeros_like(case.tables[:, :-1]), FREQUENCIES)
+    with pytest.raises(
+        ValueError, match=r"turns are for a block table of \(8, 6\), not for \(8, 7\)"
+    ):
+        case.attend(op)
+    case.turns = Turns(case.turns.index, (1.0,) * 11)
+    case.tables = case.tables[:, :-1]
+    with pytest.raises(ValueError, match="22 elements are turned, of heads of 20"):
+        case.attend(op)
 
 
 def test_an_operator_that_turns_nothing_says_so():
