@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the attention kernel of every element type (10-20 s each, once)",
+        help="compile the attention kernel of every element type (10-30 s each, once)",
     )
 
 

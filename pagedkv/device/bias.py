@@ -70,7 +70,8 @@ class PagedBias(masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask):  # type
             block_size: Slots of a block.
             window: Sliding window in tokens, 0 for none.
             causal: Whether a sequence's queries are its last tokens and see none that follow.
-            turns: For [B, W]; where the operator `TURNS`. `TurnedBias` is for all.
+            turns: [B, W] By how much queries are turned before they meet each block; only for
+                operators whose `TURNS` is true. `TurnedBias` serves the others.
             want_block_lse: Have the operator fill `block_lse`.
             send: Puts arrays where the keys are. On the CPU int32 arrays are shared, not copied.
 

@@ -141,9 +141,8 @@ class PagedOp(common.AttentionFwOpBase):  # type: ignore[misc]
         """Make what its calls with this bias share, while the step's arrays are being sent."""
 
 
-_LATEST = (
-    "latest"  # in `prepared`: inputs that were looked at last, and what is known of their like
-)
+# In `prepared`: the inputs that were looked at last, and what is known of their like.
+_LATEST = "latest"
 
 
 def _shapes(inputs: Any) -> tuple[Any, ...]:
@@ -203,7 +202,7 @@ class CpuPagedOp(PagedOp):
 
     @classmethod
     def get_ready(cls, keys: torch.Tensor, computed: torch.dtype, heads: int, dim: int) -> None:
-        """As in `PagedOp`: 10-20 s once per machine and kind of storage, then 0.2 s a process."""
+        """As in `PagedOp`: 10-30 s once per machine and kind of storage, then 0.2 s a process."""
         from .cpu import call
 
         call.get_ready(keys.dtype)

@@ -1,4 +1,4 @@
-"""Attention where queries are turned before they meet some blocks: one call per kind of run.
+"""Attention with turned queries through operators that turn none: one call per kind of run.
 
 Consecutive blocks that want the same turn form a run. Each (sequence, run) is a sequence of its
 own in a batch of partial attentions, asked by queries turned for it; the parts are merged by their

@@ -251,7 +251,7 @@ def warmup(kinds: tuple[str, ...] = ("float32",)) -> None:
     Raises:
         UnsupportedBackend: A kind cannot be compiled here.
 
-    Cost: 10-20 s for each kind the first time, 0.2 s from disk after that, nothing when done.
+    Cost: 10-30 s for each kind the first time, 0.2 s from disk after that, nothing when done.
     """
     for kind in kinds:
         _worker(kind)

@@ -251,7 +251,7 @@ class Step:
         self._record = (c_int64 * _STEP)(*_team(), tokens, *angles, *between, *behind)
         self.address = addressof(self._record)
         self.made = at + 4 * made
-        # The same for every layer: torch takes as long to make them as to compute with them.
+        # The same for every layer: three fewer calls of torch in each.
         self.views = [
             space.as_strided((tokens, heads, dim), (heads * dim, dim, 1), made + begin)
             for heads, begin in zip(shape.heads, begins, strict=True)

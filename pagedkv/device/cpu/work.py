@@ -66,7 +66,7 @@ class Work:
         left, sizes = len(self.items), []
         while left:
             size = 1 if self.any_wide else max(1, left // (2 * threads))
-            count = min(threads, left // size) if size > 1 else left
+            count = threads if size > 1 else left
             sizes.append(np.full(count, size))
             left -= size * count
         return np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64)
