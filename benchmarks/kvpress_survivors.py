@@ -111,6 +111,7 @@ def kept(llm: Any, expression: str, prompt: list[int]) -> list[list[list[int]]]:
     size = len(prompt)
     text = f"{expression} + budget={int(size * KEPT)} + chunk={size} + positions=original"
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.scheduler.table.kept_columns = ("first_position",)  # whatever the policy reads itself
     llm.scheduler.add(
         Request(request_id="r", prompt_token_ids=prompt, sampling=params, eviction=text)
     )

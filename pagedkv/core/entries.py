@@ -105,7 +105,7 @@ class Entries:
             return np.asfortranarray(held.reshape(-1, column.shape[2])[:, :width])
 
         first_position, score, weight = NO_ENTRIES, NOT_READ, NOT_READ
-        if scorer.weighs or not scorer.counts:
+        if scorer.places:
             first_position = of(owner.first_position)
         if scorer.observe == "none":
             score = weight = np.zeros_like(first_position, np.float32)

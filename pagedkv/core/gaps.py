@@ -1,5 +1,6 @@
 """Which entries of many short tables go, and how the rest move up."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,14 @@ class Gaps(Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         gone: [H] The entries that go, each table's tail first.
-        source: [N * width] The entry that each place takes over; where none is left, any.
+        steps: [N, width] By how many places the entry that each place takes over moves up.
+        source: [N * width] That entry; where none is left, any.
         past: [H] The places where none is left.
         lost: [N] How many entries each table loses.
     """
 
     gone: Int64
+    steps: npt.NDArray[np.integer]
     source: Int64
     past: Int64
     lost: Int32
@@ -64,10 +67,7 @@ class Gaps(Struct, frozen=True, kw_only=True, eq=False):
     @property
     def behind(self) -> Int32:
         """[N, width] How many of the entries that go lay behind each one that stays."""
-        behind: Int32 = np.arange(len(self.source), dtype=np.int32)
-        behind -= self.source.astype(np.int32)
-        behind = behind.reshape(len(self.lost), -1)
-        behind += self.lost[:, None]
+        behind: Int32 = self.lost[:, None] - self.steps
         return behind
 
     def close(
@@ -101,19 +101,29 @@ def close_gaps(holes: Holes, width: int) -> Gaps:
         width: Of the tables that are to be closed: as wide as those of ``holes``, or wider.
     """
     lost, table = holes.lost.ravel(), holes.table
-    at = table * width + holes.entry
     end = np.cumsum(lost)
-    before = (end - lost)[table]
-    ordinal = np.arange(len(table)) - before
-    # A place takes over what stood as many entries further on as holes were met up to there. All
-    # tables are one run, for sums over many short ones take several times as long.
-    steps = np.bincount(at - ordinal, minlength=len(lost) * width)
-    steps[width::width] -= lost[:-1]
-    steps += 1
-    steps[:1] -= 1
+    ordinal = np.arange(len(table)) - (end - lost)[table]
+    at = table * width + holes.entry
+    steps: npt.NDArray[np.integer]
+    if len(table) == len(lost) and lost.all():  # one of each, as in decode: a fourth of the time
+        steps = _after_one(width).take(holes.entry).view(np.bool_).view(np.int8)
+    else:
+        # A place takes over what stood as many entries further on as holes were met up to there.
+        # All tables are one run, for sums over many short ones take several times as long.
+        steps = np.bincount(at - ordinal, minlength=len(lost) * width)
+        steps[width::width] -= lost[:-1]
+        np.cumsum(steps, out=steps)
     return Gaps(
         gone=at[end[table] - 1 - ordinal],
-        source=np.cumsum(steps, out=steps),
+        steps=steps.reshape(-1, width),
+        source=np.arange(len(steps)) + steps,
         past=(table + 1) * width - 1 - ordinal,
         lost=lost,
     )
+
+
+@functools.cache
+def _after_one(width: int) -> npt.NDArray[np.void]:
+    """Return [width] items, each a table: which of its places move up once that entry is gone."""
+    places = np.arange(width)
+    return whole_tables((places >= places[:, None])[None])

@@ -105,8 +105,11 @@ class Retention:
         wanted = {*self._table.kept_columns}
         if chosen.positions == "cache":
             wanted.add("turn")
-        if chosen.unit == "block" and chosen.scorer().observe != "none":
-            wanted |= {"score"} if chosen.scorer().counts else {"score", "weight"}
+        scorer = chosen.scorer()
+        if chosen.unit == "block" and scorer.places:
+            wanted.add("first_position")
+        if chosen.unit == "block" and scorer.observe != "none":
+            wanted |= {"score"} if scorer.counts else {"score", "weight"}
         if chosen.shrinks:
             wanted.add("mass")
         self._table.kept_columns = tuple(each for each in ENTRY_COLUMNS if each in wanted)

@@ -88,7 +88,7 @@ class SequenceTable:
         self.policy_id: Int32 = np.full(rows, -1, np.int32)
         self.rotates: Bool = np.zeros(rows, np.bool_)
         self.keeps_scores = False
-        self.kept_columns: tuple[str, ...] = ("first_position",)
+        self.kept_columns: tuple[str, ...] = ()
         self.publishes: Bool = np.ones(rows, np.bool_)
         self.forked: Bool = np.zeros(rows, np.bool_)
         self.tenant: Int32 = np.zeros(rows, np.int32)
@@ -232,7 +232,7 @@ class SequenceTable:
         """
         if not len(ids):
             return
-        if counts.size == 1 and not self.keeps_scores:  # a prompt
+        if counts.size == 1 and not self.kept_columns:  # a prompt
             self._append_run(int(rows[0]), ids)
             return
         # Flat indices: looking up by group, row and entry takes several times as long.
@@ -252,21 +252,20 @@ class SequenceTable:
         # Of a table that gains several, the last stands.
         self.num_blocks.reshape(-1)[table] = index + 1
         self.tail.reshape(-1)[table] = ids
-        ahead = index * self.block_size - self.num_resident.ravel()[table]
-        self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
+        if "first_position" in self.kept_columns:
+            ahead = index * self.block_size - self.num_resident.ravel()[table]
+            self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
         for name in self.kept_columns:
             if name in SCORE_COLUMNS:
                 getattr(self, name).reshape(-1)[entry] = 0
 
     def _append_run(self, row: int, ids: Int32) -> None:
-        """Append blocks to a row's only table, none of which has scores."""
-        size, first = self.block_size, int(self.num_blocks[0, row])
-        end, resident = first + len(ids), int(self.num_resident[0, row])
+        """Append blocks to a row's only table, of which nothing is kept."""
+        first = int(self.num_blocks[0, row])
+        end = first + len(ids)
         self.reserve_blocks(end)
         self.block_table[0, row, first:end] = ids
         self.num_blocks[0, row], self.tail[0, row] = end, ids[-1]
-        ahead = np.arange(first * size - resident, end * size - resident, size, np.int32)
-        self.first_position[0, row, first:end] = ahead + self.num_computed[row]
 
     def drop_blocks(self, rows: Int32, holes: Holes) -> Int32:
         """Drop table entries, of full blocks, and close the gaps; the order of the rest stands.
@@ -307,8 +306,6 @@ class SequenceTable:
         width = blocks.shape[2]
         self.block_table[:, rows] = 0
         self.block_table[:, rows, :width] = blocks * (np.arange(width) < num_blocks[:, :, None])
-        first = self.tokens.first_position[:, rows, : width * self.block_size : self.block_size]
-        self.first_position[:, rows, :width] = first
         self.num_blocks[:, rows] = num_blocks
         last = np.maximum(num_blocks - 1, 0)[:, :, None]
         self.tail[:, rows] = np.take_along_axis(blocks, last, axis=2)[:, :, 0]

@@ -18,7 +18,7 @@ UNBOUNDED = np.iinfo(np.int32).max
 
 
 def cap_tokens(policy: Policy, view: View) -> Int:
-    """Return the budget of each table before it is spread: [N] tokens.
+    """Return the budget of each table before it is spread: [N] tokens, or [] if all have the same.
 
     ``ratio`` rounds what stays up, and never to nothing; ``adaptive`` rounds down.
     """
@@ -34,7 +34,7 @@ def cap_tokens(policy: Policy, view: View) -> Int:
         return kept.clip(least)
     else:
         cap = UNBOUNDED
-    return np.full(len(view.num_resident), cap, np.int64)
+    return np.asarray(cap)
 
 
 def recent_tokens(policy: Policy, view: View) -> Int:
@@ -42,7 +42,8 @@ def recent_tokens(policy: Policy, view: View) -> Int:
     if not policy.recent_share:
         return np.full(len(view.num_resident), policy.recent, np.int64)
     spare = np.maximum(cap_tokens(policy, view) - policy.sinks, 0)
-    return np.floor(spare * policy.recent_share).astype(np.int64)
+    recent = np.floor(spare * policy.recent_share).astype(np.int64)
+    return np.full(len(view.num_resident), recent)
 
 
 def block_limit(policy: Policy, view: View) -> Int:
@@ -54,7 +55,7 @@ def block_limit(policy: Policy, view: View) -> Int:
     tokens = cap_tokens(policy, view)
     if policy.spread == "pyramid" and view.layers > 1 and policy.capped:
         return _pyramid(policy, view, tokens)
-    return -(-tokens // view.block_size)
+    return np.full(len(view.num_resident), -(-tokens // view.block_size))
 
 
 def _pyramid(policy: Policy, view: View, tokens: Int) -> Int:

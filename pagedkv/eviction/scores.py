@@ -128,6 +128,11 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
         """
         return self.update is _add and self.lookback is None
 
+    @property
+    def places(self) -> bool:
+        """Whether it may look at where entries stand, to rank them or to update what is known."""
+        return self.weighs or not self.counts
+
 
 # Updates
 

@@ -120,6 +120,7 @@ class Witness:
 
     def __init__(self, scheduler):
         self.table, self.retention = scheduler.table, scheduler.retention
+        self.table.kept_columns = ("first_position",)  # is asked for here whatever policies read
         self.windows = scheduler.layout.windows
         shape = scheduler.table.num_groups, scheduler.manager.pool.num_blocks * SIZE
         self.content = np.zeros(shape, np.int64)
