@@ -350,6 +350,7 @@ class Server:
         config = EngineConfig(cache=CacheConfig(**cache), scheduler=SchedulerConfig(**limits))
         self.engine = assemble(loaded, config, max_model_len=max_model_len)
         self.scheduler, self.executor = self.engine.scheduler, self.engine.executor
+        self.scheduler.table.kept_columns = ("first_position",)  # whatever policies read
         self.loaded, self.granularity = loaded, granularity
         self._forward, self.executor.forward = self.executor.forward, self._recorded
         self.requests, self.names = {}, {}
