@@ -38,6 +38,12 @@ def pad(n: int, to: int) -> int:
 
 
 @kernel
+def apart(n: int) -> int:
+    """Numbers from line to line of n: odd in cache lines, so that lines share no cache set."""
+    return pad(n, 16) | 16
+
+
+@kernel
 def visible(params: Address, item: Address, i: int) -> int:
     """How many keys, from the first, the i-th query of the tile may see."""
     seen = get(item, LIMIT) + get(params, SLOPE) * i

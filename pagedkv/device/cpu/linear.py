@@ -25,7 +25,7 @@ from torch import Tensor
 from .codes import GROUP, GROUP_BYTES, decode, encode
 from .kernel import run
 from .native import compile_native, sources
-from .product import HEIGHT, dots, product, product_onto
+from .product import HEIGHT, THREE, dots, product, product_onto
 from .room import room
 from .simd import (
     LANES,
@@ -84,7 +84,7 @@ def _some_panels(params: Address, chunk: int, low: int, high: int) -> None:
         for block in range(first, last):
             rows = get(params, ROWS) + 4 * inputs * HEIGHT * block
             out = get(params, OUT) + stride * HEIGHT * block + 4 * COLUMNS * panel
-            product(rows, 4 * inputs, 4, weights, 4 * COLUMNS, inputs, out, stride)
+            product(rows, 4 * inputs, 4, weights, 4 * COLUMNS, inputs, out, stride, THREE)
 
 
 @kernel
@@ -128,9 +128,11 @@ def _some_panels_of_bytes(params: Address, chunk: int, low: int, high: int) -> N
                 out = get(params, OUT) + stride * HEIGHT * block + 4 * COLUMNS * panel
                 step = 4 * COLUMNS
                 if begin == 0:
-                    product(rows, 4 * inputs, 4, weights, step, count, out, stride)
+                    product(rows, 4 * inputs, 4, weights, step, count, out, stride, THREE)
                 else:
-                    product_onto(rows, 4 * inputs, 4, weights, step, count, out, stride, ones)
+                    product_onto(
+                        rows, 4 * inputs, 4, weights, step, count, out, stride, THREE, ones
+                    )
 
 
 @kernel

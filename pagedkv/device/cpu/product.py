@@ -1,8 +1,9 @@
 """The inner loops of matrix products, whose sums stay in registers.
 
-One call makes HEIGHT rows of THREE vectors. With AVX-512 that is 8 x 3 sums, three vectors of b and
-one number of a in all lanes: 28 of 32 registers, 24 multiply-adds for 11 loads. With 16 registers,
-4 x 3. Numba keeps no array in registers, so the loop is written out here.
+One call makes HEIGHT rows of THREE vectors, or of fewer where no more are left. With AVX-512 that
+is 8 x 3 sums, three vectors of b and one number of a in all lanes: 28 of 32 registers, 24
+multiply-adds for 11 loads. With 16 registers, 4 x 3. Numba keeps no array in registers, so the
+loop is written out here.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from numba.extending import intrinsic
 
 from .simd import LANES, VEC, broadcast, call, const, halves, intrinsic_name, pointer_to
 
-__all__ = ["HEIGHT", "dots", "product", "product_onto"]
+__all__ = ["HEIGHT", "THREE", "dots", "product", "product_onto"]
 
 HEIGHT = 8 if LANES == 16 else 4
-_VECTORS = range(3)
+THREE = 3  # vectors
+_VECTORS = range(THREE)
 _F32, _I64 = ir.FloatType(), ir.IntType(64)
 _lowered: Callable[[Callable[..., Any]], Any] = intrinsic
 
@@ -30,10 +32,10 @@ def _at(builder: Any, address: Any, steps: list[tuple[Any, Any]], kind: Any) -> 
     return pointer_to(builder, address, kind)
 
 
-def _emit(builder: Any, args: list[Any], alphas: Any = None) -> None:
+def _emit(builder: Any, args: list[Any], vectors: int, alphas: Any = None) -> None:
     a, across, along, b, step, count, to, stride = args
     vector = _I64(4 * LANES)
-    places = [(k, v) for k in range(HEIGHT) for v in _VECTORS]
+    places = [(k, v) for k in range(HEIGHT) for v in range(vectors)]
     targets = {
         (k, v): _at(builder, to, [(_I64(k), stride), (_I64(v), vector)], VEC) for k, v in places
     }
@@ -47,16 +49,23 @@ def _emit(builder: Any, args: list[Any], alphas: Any = None) -> None:
     with cgutils.for_range(builder, count) as loop:
         columns = [
             builder.load(_at(builder, b, [(loop.index, step), (_I64(v), vector)], VEC), align=4)
-            for v in _VECTORS
+            for v in range(vectors)
         ]
         for k in range(HEIGHT):
             number = builder.load(_at(builder, a, [(_I64(k), across), (loop.index, along)], _F32))
             row = broadcast(builder, number, VEC)
-            for v in _VECTORS:
+            for v in range(vectors):
                 terms = [row, columns[v], builder.load(sums[k, v])]
                 builder.store(call(builder, intrinsic_name("fma"), VEC, terms), sums[k, v])
     for place in places:
         builder.store(builder.load(sums[place]), targets[place], align=4)
+
+
+def _emit_each(builder: Any, args: list[Any], vectors: Any, alphas: Any = None) -> None:
+    """Code for each number of vectors; where it is a constant, the compiler leaves one."""
+    for many in range(1, THREE + 1):
+        with builder.if_then(builder.icmp_signed("==", vectors, _I64(many))):
+            _emit(builder, args, many, alphas)
 
 
 @_lowered
@@ -70,6 +79,7 @@ def product(
     count: Any,
     to: Any,
     stride: Any,
+    vectors: Any,
 ) -> Any:
     """to[k, :] = sum_i a[k, i] * b[i, :] for HEIGHT k and `count` i; all fp32, addresses, bytes.
 
@@ -77,13 +87,14 @@ def product(
         a: a[k, i] lies at a + k * across + i * along.
         b: b[i, :] lies at b + i * step.
         to: to[k, :] lies at to + k * stride.
+        vectors: How long b[i, :] and to[k, :] are: 1 to THREE.
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        _emit(builder, list(args))
+        _emit_each(builder, list(args[:8]), args[8])
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 8), codegen
+    return types.void(*(types.int64,) * 9), codegen
 
 
 @_lowered
@@ -97,15 +108,16 @@ def product_onto(
     count: Any,
     to: Any,
     stride: Any,
+    vectors: Any,
     alphas: Any,
 ) -> Any:
     """The product added to to[k, :] * alphas[:]."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        _emit(builder, list(args[:8]), args[8])
+        _emit_each(builder, list(args[:8]), args[8], args[9])
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 9), codegen
+    return types.void(*(types.int64,) * 10), codegen
 
 
 @_lowered

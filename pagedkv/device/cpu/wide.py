@@ -34,6 +34,7 @@ from .layout import (
     WIDTH,
     WINDOW,
     addresses,
+    apart,
     pad,
     visible,
 )
@@ -128,13 +129,13 @@ def _widen(
 
 @kernel
 def _wide_scores(
-    keys: Address, count: int, dim: int, query: Address, rows: int, scores: Address
+    keys: Address, count: int, dim: int, query: Address, rows: int, vectors: int, scores: Address
 ) -> None:
-    """scores[j, :] = keys[j] . query[:, row : row + ROWS]."""
+    """scores[j, :] = keys[j] . query[:, :] of so many vectors of rows."""
     stride = 4 * pad(dim, LANES)
     for j in range(0, count, HEIGHT):
         to = scores + 4 * ROWS * j
-        product(keys + stride * j, stride, 4, query, 4 * rows, dim, to, 4 * ROWS)
+        product(keys + stride * j, stride, 4, query, 4 * rows, dim, to, 4 * ROWS, vectors)
 
 
 @kernel
@@ -146,20 +147,23 @@ def _wide_values(
     alphas: Address,
     acc: Address,
     rows: int,
+    vectors: int,
 ) -> None:
     """acc[d, :] = acc[d, :] * alpha + sum_j values[j, d] * weights[j, :]."""
     stride = 4 * pad(dim, LANES)
     for i in range(0, dim, HEIGHT):
         to = acc + 4 * rows * i
-        product_onto(values + 4 * i, 4, stride, weights, 4 * ROWS, count, to, 4 * rows, alphas)
+        product_onto(
+            values + 4 * i, 4, stride, weights, 4 * ROWS, count, to, 4 * rows, vectors, alphas
+        )
 
 
 @kernel
-def _mask(scores: Address, first: int, count: int, see: Address, rows: int) -> None:
+def _mask(scores: Address, first: int, count: int, see: Address, rows: int, vectors: int) -> None:
     """Set the scores of keys that a row may not see to minus infinity."""
     f32 = np.float32(0)
     never = splat(np.float32(-np.inf))
-    for half in range(0, ROWS, LANES):
+    for half in range(0, vectors * LANES, LANES):
         low = load(f32, see + 4 * half)
         high = load(f32, see + 4 * (rows + half))
         for j in range(count):
@@ -216,23 +220,24 @@ def _wide_tile(
     last = get(item, NUM_QUERIES) - 1
     masked = get(params, WINDOW) > 0 or first + count > visible(params, item, 0)
     # Rows are in query order: the vectors before `begin` see nothing of this tile.
-    begin = 0
+    begin, end = 0, pad((last + 1) * get(params, GROUP), LANES)
     if first >= visible(params, item, 0):
-        while begin < rows and scalar(np.float32(0), see + 4 * (rows + begin + ROWS - 1)) <= first:
-            begin += ROWS
+        while begin < end and scalar(np.float32(0), see + 4 * (rows + begin + LANES - 1)) <= first:
+            begin += LANES
     if first >= visible(params, item, last):
-        begin = rows
-    for row in range(begin, rows, ROWS):
-        _wide_scores(keys, count, dim, query + 4 * row, rows, scores)
+        begin = end
+    for row in range(begin, end, ROWS):
+        vectors = min(ROWS, end - row) // LANES
+        _wide_scores(keys, count, dim, query + 4 * row, rows, vectors, scores)
         if masked:
-            _mask(scores, first, count, see + 4 * row, rows)
-        for part in range(0, 4 * ROWS, 4 * LANES):
+            _mask(scores, first, count, see + 4 * row, rows, vectors)
+        for part in range(0, 4 * LANES * vectors, 4 * LANES):
             s, w = scores + part, weights + part
             alpha, top = _wide_softmax(s, count, w, state + 4 * row + part, rows)
             store(alphas + part, alpha)
             if get(params, BLOCK_LSE) != 0:
                 wide_blocks(params, first, count, top, s, w, lines + 8 * row + 2 * part, logs)
-        _wide_values(values, count, dim, weights, alphas, acc + 4 * row, rows)
+        _wide_values(values, count, dim, weights, alphas, acc + 4 * row, rows, vectors)
 
 
 @kernel
@@ -252,7 +257,7 @@ def run_wide(
     dim = get(params, HEAD_DIM)
     deep = pad(dim, LANES)
     count = get(item, NUM_QUERIES) * get(params, GROUP)
-    rows = pad(count, ROWS)
+    rows = apart(count)  # places for them, from line to line of what lies by row
     query = scratch
     acc = query + 4 * deep * rows
     state = acc + 4 * deep * rows

@@ -20,11 +20,11 @@ __all__ = ["Shape", "Work", "cut"]
 Ints = npt.NDArray[np.int64]
 
 _WIDE_FROM = 16  # query rows per KV head from which lanes over rows pay
-_WIDE_ROWS = 192  # query rows of one wide item
+_WIDE_ROWS = 384  # query rows of a wide item at most: each copies its keys and values anew
 # Keys of a span in decode: whole tiles, and few enough that one long row uses all cores.
 _NARROW_SPAN = 3 * at.TILE
 _WIDE_SPAN = 1024
-_WIDE_ITEMS = 8  # a wide sequence with fewer items than this also cuts its keys
+_WIDE_ITEMS = 16  # a wide sequence with fewer items than this also cuts its keys
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def cut(query_start: Ints, resident: Ints, first_limit: Ints, shape: Shape) -> W
     """
     queries = np.diff(query_start)
     wide = queries * shape.group >= _WIDE_FROM
-    per_tile = np.where(wide, max(1, _WIDE_ROWS // shape.group), np.maximum(queries, 1))
-    tiles = _up(queries, per_tile)
+    tiles = np.where(wide, _up(queries, max(1, _WIDE_ROWS // shape.group)), queries > 0)
+    per_tile = _up(queries, np.maximum(tiles, 1))
     row, tile = _expand(tiles)
     begin = tile * per_tile[row]
     count = np.minimum(per_tile[row], queries[row] - begin)
@@ -165,7 +165,7 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
     starts = np.cumsum(sizes) - sizes
     # All spans of a tile have one size: the tile's place is its first span's.
     items[:, at.PARTIAL_AT] = starts - items[:, at.SPAN] * sizes
-    padded = _up(rows, at.ROWS) * at.ROWS
+    padded = _up(rows, 16) * 16 + 16
     narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 7)
     if shape.turned:  # for each entry of the table that a tile may reach into
         entries = at.TILE // shape.block_size if shape.block_size <= at.TILE else 2
