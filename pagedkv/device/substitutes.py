@@ -9,6 +9,7 @@ ours are the faster ones.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -24,12 +25,12 @@ __all__ = ["substitute"]
 _ROTATION = "apply_rotary_pos_emb"
 _TOLERANCE = 1e-5
 _GATED = ("gate_proj", "up_proj", "down_proj")
-# Numbers in a tensor: with more, as in prompts, arithmetic is what counts, and torch has threads.
+# Numbers in a layer's tensor: with more, as in prompts, its parts are called one by one.
 MOST = 1 << 18
 _Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def native(x: Tensor, most: int = MOST) -> bool:
+def native(x: Tensor, most: float = math.inf) -> bool:
     """Whether native code is for this tensor; a model may be moved after it was loaded."""
     return (
         type(x) is Tensor

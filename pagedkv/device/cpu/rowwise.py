@@ -1,17 +1,21 @@
 """Rotations, norms and gates, row by row: what a model asks of every token between its products.
 
 Each is one call here and a dozen in torch. Where a step has few tokens, calls are what they cost:
-what Python does around one is kept to the least. fp32 only, on the calling thread.
+what Python does around one is kept to the least. Where it has many, threads share the rows, and
+what torch would write to memory and read again between its calls stays in registers. fp32 only.
 """
 
 import math
+from array import array
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from numba import types
 from torch import Tensor
 
+from .kernel import run
 from .native import compile_native, sources
 from .room import room
 from .rotation import rotate_head
@@ -20,6 +24,7 @@ from .simd import (
     Address,
     Number,
     add,
+    atomic_add,
     div,
     fma,
     get,
@@ -47,8 +52,19 @@ __all__ = [
     "silu_gate",
 ]
 
+# Fields of a call that threads share: who takes the next rows, how many there are, how many one
+# takes at a time; then its operands.
+NEXT, ROWS, EACH, FIRST = range(4)
+_SHARE = 1 << 16  # numbers that a thread takes at a time
 _FAR = -80.0  # below it the logistic function is 0 beside anything; keeps exp2 in range
 _LOG2_E = 1.0 / math.log(2.0)
+
+
+@kernel
+def _next_share(params: Address) -> tuple[int, int]:
+    """The first of the rows that a thread takes next, and how many."""
+    begin = atomic_add(params + 8 * NEXT, 1) * get(params, EACH)
+    return begin, min(get(params, EACH), get(params, ROWS) - begin)
 
 
 @kernel
@@ -85,6 +101,18 @@ def rotate_heads(
             rotate_head(at, to, cos + angle, sin + angle, pairs, 4 * pairs)
             for i in range(8 * pairs, 4 * dim, 4):
                 put(to + i, scalar(f32, at + i))
+
+
+@kernel
+def _rotate_share(params: Address, of: int, begin: int, count: int) -> None:
+    """Turn some tokens' queries, or keys: fields from `of` on say where those lie."""
+    dim, pairs = get(params, FIRST + 12), get(params, FIRST + 13)
+    heads, token_stride, head_stride = get(params, of + 2), get(params, of + 3), get(params, of + 4)
+    source = get(params, of) + token_stride * begin
+    out = get(params, of + 1) + 4 * dim * heads * begin
+    cos = get(params, FIRST + 10) + 8 * pairs * begin
+    sin = get(params, FIRST + 11) + 8 * pairs * begin
+    rotate_heads(source, out, cos, sin, count, heads, dim, pairs, token_stride, head_stride)
 
 
 @kernel
@@ -146,23 +174,52 @@ def _put_rows(
             copy(at, to + 4 * dim * (get(slots, token) * heads + head), dim)
 
 
+@kernel
+def _take_rotations(params: Address) -> None:
+    begin, count = _next_share(params)
+    while count > 0:
+        _rotate_share(params, FIRST, begin, count)
+        _rotate_share(params, FIRST + 5, begin, count)
+        begin, count = _next_share(params)
+
+
+@kernel
+def _take_norms(params: Address) -> None:
+    source, weight = get(params, FIRST), get(params, FIRST + 1)
+    out, size = get(params, FIRST + 2), get(params, FIRST + 3)
+    epsilon = scalar(np.float32(0), params + 8 * (FIRST + 4))
+    begin, count = _next_share(params)
+    while count > 0:
+        at = 4 * size * begin
+        norm_rows(source + at, weight, out + at, count, size, epsilon)
+        begin, count = _next_share(params)
+
+
+@kernel
+def _take_gates(params: Address) -> None:
+    gate, up, out = get(params, FIRST), get(params, FIRST + 1), get(params, FIRST + 2)
+    begin, count = _next_share(params)
+    while count > 0:
+        gate_all(gate + 4 * begin, up + 4 * begin, out + 4 * begin, count)
+        begin, count = _next_share(params)
+
+
 @cache
 def _compiled(name: str) -> Any:
-    """One of the four, as ctypes calls it."""
+    """One of the four: what `_spread` has threads call, or put_rows as ctypes calls it."""
     digest = sources()
 
-    def rotation(q, k, to_q, to_k, cos, sin, tokens, q_heads, k_heads, dim, pairs, qt, qh, kt, kh):  # type: ignore[no-untyped-def]
+    def rotation(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        rotate_heads(q, to_q, cos, sin, tokens, q_heads, dim, pairs, qt, qh)
-        rotate_heads(k, to_k, cos, sin, tokens, k_heads, dim, pairs, kt, kh)
+        _take_rotations(params)
 
-    def norm(source, weight, out, rows, size, epsilon):  # type: ignore[no-untyped-def]
+    def norm(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        norm_rows(source, weight, out, rows, size, epsilon)
+        _take_norms(params)
 
-    def gating(gate, up, out, count):  # type: ignore[no-untyped-def]
+    def gating(params):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
-        gate_all(gate, up, out, count)
+        _take_gates(params)
 
     def putting(k, kt, kh, v, vt, vh, to_k, to_v, slots, tokens, heads, dim, num_slots):  # type: ignore[no-untyped-def]
         digest  # noqa: B018  part of the cache key
@@ -175,12 +232,25 @@ def _compiled(name: str) -> Any:
 
     if name == "put_rows":
         return compile_native(types.int64(*[types.int64] * 13), putting, name).ctypes
-    if name == "silu_gate":
-        return compile_native(types.void(*[types.int64] * 4), gating, name).ctypes
-    if name == "rotate":
-        return compile_native(types.void(*[types.int64] * 15), rotation, name).ctypes
-    kinds = [*[types.int64] * 5, types.float32]
-    return compile_native(types.void(*kinds), norm, name).ctypes
+    shared = {"rotate": rotation, "rms_norm": norm, "silu_gate": gating}[name]
+    return compile_native(types.void(types.int64), shared, name)
+
+
+@cache
+def _bits(number: float) -> int:
+    """A number in fp32, as the integer that lies in memory alike."""
+    return int(np.float32(number).view(np.int32))
+
+
+def _spread(name: str, rows: int, size: int, *operands: int) -> None:
+    """Have one of the three work on all rows, `size` numbers each; on threads where they are many.
+
+    No number depends on how many: each row is one thread's.
+    """
+    each = max(1, _SHARE // size)
+    params = array("q", (0, rows, each, *operands))
+    threads = min(torch.get_num_threads(), -(-rows // each))
+    run(_compiled(name), params.buffer_info()[0], threads)
 
 
 def get_ready() -> None:
@@ -208,27 +278,18 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         Both, token after token in memory: bit for bit what products and a sum give.
     """
     _, heads, tokens, dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, pairs = k.shape[1], cos.shape[2] // 2
     _, q_head, q_token, _ = q.stride()
     _, k_head, k_token, _ = k.stride()
     turned_q = room(1, tokens, heads, dim)
     turned_k = room(1, tokens, kv_heads, dim)
-    _compiled("rotate")(
-        q.data_ptr(),
-        k.data_ptr(),
-        turned_q.data_ptr(),
-        turned_k.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
+    _spread(
+        "rotate",
         tokens,
-        heads,
-        kv_heads,
-        dim,
-        cos.shape[2] // 2,
-        4 * q_token,
-        4 * q_head,
-        4 * k_token,
-        4 * k_head,
+        (heads + kv_heads) * dim,
+        *(q.data_ptr(), turned_q.data_ptr(), heads, 4 * q_token, 4 * q_head),
+        *(k.data_ptr(), turned_k.data_ptr(), kv_heads, 4 * k_token, 4 * k_head),
+        *(cos.data_ptr(), sin.data_ptr(), dim, pairs),
     )
     return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
 
@@ -237,16 +298,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / sqrt(mean(x^2) + epsilon)`` over the last dimension; fp32."""
     out = room(*x.shape)
     size = x.shape[-1]
-    _compiled("rms_norm")(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon
-    )
+    places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    _spread("rms_norm", x.numel() // size, size, *places, size, _bits(epsilon))
     return out
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``; fp32, contiguous and of one shape."""
     out = room(*gate.shape)
-    _compiled("silu_gate")(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    _spread("silu_gate", gate.numel(), 1, gate.data_ptr(), up.data_ptr(), out.data_ptr())
     return out
 
 
