@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .kernel import parallel_address
 from .linear import (
-    BYTES,
+    ALONE,
     COLUMNS,
+    FP32,
     HOW,
     INPUTS,
     NEXT,
     NUM_BLOCKS,
-    ONE_ROW_OF_BYTES,
     OUT,
     OUT_STRIDE,
     ROWS,
@@ -97,8 +97,8 @@ def _multiply(layer: Address, which: int, step: Address, rows: Address, out: Add
     call, how, height, tokens = _call(), get(weight, HOW), HEIGHT, get(step, TOKENS)
     for field in range(HOW):
         put(call + 8 * field, get(weight, field))
-    if how == BYTES and tokens == 1:
-        how, height = ONE_ROW_OF_BYTES, 1
+    if how != FP32 and tokens == 1:
+        how, height = how + ALONE, 1
     blocks = -(-tokens // height)
     inputs, outputs, stride = get(weight, INPUTS), get(weight, OUTPUTS), get(weight, OUT_STRIDE)
     for at in range(4 * inputs * tokens, 4 * inputs * height * blocks, 4):

@@ -10,7 +10,8 @@ multiplied, to the same fp32 numbers, which are summed in the same order: the sa
 bit, for a third of the reading.
 
 A weight as torch has it, row by row, can be multiplied with as well, its sums over vectors of
-inputs. That takes a fifth longer than panels do.
+inputs. While they are added up, the next features are asked for line by line: in one go they would
+keep the loads of those sums waiting.
 """
 
 from ctypes import addressof, c_int64
@@ -25,7 +26,7 @@ from torch import Tensor
 from .codes import GROUP, GROUP_BYTES, decode, encode
 from .kernel import run
 from .native import compile_native, sources
-from .product import HEIGHT, THREE, dots, product, product_onto
+from .product import HEIGHT, SIX, THREE, dots, dots_of_one, product, product_onto
 from .room import room
 from .simd import (
     LANES,
@@ -59,9 +60,8 @@ COLUMNS = 3 * LANES
 # cache beside a panel.
 _ROWS_AT_ONCE = 1 << 16
 
-# Rows up to which a plain weight is multiplied with here: torch was slower then with AVX2. With
-# AVX-512 that is not measured, and torch does it.
-MOST_PLAIN_ROWS = 128 if LANES == 8 else 0
+# Rows up to which a plain weight is multiplied with here: in whole models torch was slower then.
+MOST_PLAIN_ROWS = 128 if LANES == 8 else 64
 
 # Inputs whose weights are expanded at once: they stay in the first-level cache.
 _PIECE = 3 * GROUP
@@ -69,7 +69,8 @@ _ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
 
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
 NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
-_FP32, BYTES, ONE_ROW_OF_BYTES, _PLAIN = range(4)
+FP32, BYTES, PLAIN = range(3)
+ALONE = 3  # added to BYTES or PLAIN where there is one row, which its block then is
 _Params = c_int64 * (HOW + 1)
 
 
@@ -176,13 +177,24 @@ def _some_plain_rows(params: Address, chunk: int, low: int, high: int) -> None:
     while feature < end:
         at = min(feature, end - 3)
         weight = get(params, PANELS) + 4 * inputs * at
-        for line in range(0, 12 * inputs, 64):
-            prefetch(weight + 12 * inputs + line)  # one row alone would wait for memory
         for block in range(first, last):
             rows = get(params, ROWS) + 4 * inputs * HEIGHT * block
             out = get(params, OUT) + stride * HEIGHT * block + 4 * at
-            dots(rows, 4 * inputs, weight, 4 * inputs, inputs // LANES, out, stride)
+            # The next features: memory would be idle between the sums.
+            asks = 1 if block == first else 0
+            dots(rows, 4 * inputs, weight, 4 * inputs, inputs // LANES, out, stride, asks)
         feature += 3
+
+
+@kernel
+def _one_plain_row(params: Address, low: int, high: int) -> None:
+    """The same for a row alone, with six features at once."""
+    inputs = get(params, INPUTS)
+    end = get(params, OUT_STRIDE) // 4 if high == get(params, NUM_PANELS) else COLUMNS * high
+    for feature in range(COLUMNS * low, end, SIX):
+        at = min(feature, end - SIX)
+        weight, out = get(params, PANELS) + 4 * inputs * at, get(params, OUT) + 4 * at
+        dots_of_one(get(params, ROWS), weight, 4 * inputs, inputs // LANES, out)
 
 
 @kernel
@@ -195,14 +207,16 @@ def take_panels(params: Address) -> None:
     while item < chunks * runs:
         low = item % runs * run
         high = min(low + run, panels)
-        if get(params, HOW) == _FP32:
+        if get(params, HOW) == FP32:
             _some_panels(params, item // runs, low, high)
         elif get(params, HOW) == BYTES:
             _some_panels_of_bytes(params, item // runs, low, high)
-        elif get(params, HOW) == _PLAIN:
+        elif get(params, HOW) == PLAIN:
             _some_plain_rows(params, item // runs, low, high)
-        else:
+        elif get(params, HOW) == BYTES + ALONE:
             _one_row_of_bytes(params, low, high)
+        else:
+            _one_plain_row(params, low, high)
         item = atomic_add(params + 8 * NEXT, 1)
 
 
@@ -260,9 +274,9 @@ def describe(panels: Tensor, threads: int) -> tuple[int, ...]:
     """
     if panels.dim() == 2:
         # The last panel takes all that is left over.
-        num_panels, how, stride = max(panels.shape[0] // COLUMNS, 1), _PLAIN, 4 * panels.shape[0]
+        num_panels, how, stride = max(panels.shape[0] // COLUMNS, 1), PLAIN, 4 * panels.shape[0]
     else:
-        num_panels, how = panels.shape[0], _FP32 if panels.dtype == torch.float32 else BYTES
+        num_panels, how = panels.shape[0], FP32 if panels.dtype == torch.float32 else BYTES
         stride = 4 * COLUMNS * num_panels
     inputs = panels.shape[1] * (GROUP if how == BYTES else 1)
     at_once = max(_ROWS_AT_ONCE // inputs // HEIGHT, 1)
@@ -278,7 +292,7 @@ def multiplies_plain(weight: Tensor) -> bool:
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and inputs % LANES == 0
-        and outputs >= 3
+        and outputs >= SIX
     )
 
 
@@ -294,8 +308,8 @@ def multiply(rows: Tensor, panels: Tensor, outputs: int) -> Tensor:
     # Not numpy: a decode step makes hundreds of these, and the address of an array takes it long.
     params = _Params(*describe(panels, threads))
     height = HEIGHT
-    if params[HOW] == BYTES and tokens == 1:
-        params[HOW], height = ONE_ROW_OF_BYTES, 1
+    if params[HOW] != FP32 and tokens == 1:
+        params[HOW], height = params[HOW] + ALONE, 1
     blocks = -(-tokens // height)
     whole = blocks * height
     if whole != tokens:

@@ -255,18 +255,18 @@ def store(_typing: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, VECTOR), codegen
 
 
+def ask(builder: Any, pointer: Any) -> None:
+    """What `prefetch` does."""
+    name = "llvm.prefetch.p0" + "i8" * _TYPED_POINTERS
+    call(builder, name, ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+
+
 @_lowered
 def prefetch(_typing: Any, address: Any) -> Any:
     """Ask for a line into the second-level cache; an address that is not mapped does no harm."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = pointer_to(builder, args[0], ir.IntType(8))
-        call(
-            builder,
-            "llvm.prefetch.p0" + "i8" * _TYPED_POINTERS,
-            ir.VoidType(),
-            [pointer, _I32(0), _I32(2), _I32(1)],
-        )
+        ask(builder, pointer_to(builder, args[0], ir.IntType(8)))
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
