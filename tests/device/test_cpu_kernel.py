@@ -84,6 +84,16 @@ def test_spans_of_decode_are_whole_tiles(size: int) -> None:
         assert lengths.sum() == resident
 
 
+@pytest.mark.parametrize("queries", [16, 128, 129, 500])
+def test_tiles_of_a_prompt_are_of_one_size(queries: int) -> None:
+    """But for one query; and few enough that each reads its keys for many rows."""
+    items = items_of([(queries, 900)], shape(width=100))
+    counts = {int(item[layout.FIRST_QUERY]): int(item[layout.NUM_QUERIES]) for item in items}
+    assert sum(counts.values()) == queries
+    assert max(counts.values()) - min(counts.values()) < len(counts)
+    assert len(counts) == -(-queries * shape().group // 384)
+
+
 @pytest.mark.parametrize("rows", [[(1, 32_768)], [(1, 500)] * 77, [(1, 1)], [(300, 900), (1, 9)]])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_runs_of_items_are_all_of_them_and_get_shorter(

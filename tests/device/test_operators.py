@@ -241,6 +241,14 @@ def test_faint_blocks_keep_their_lse() -> None:
         torch.testing.assert_close(last, want)
 
 
+@pytest.mark.parametrize("heads", [1, 5])
+def test_tiles_of_every_number_of_vectors(heads: int) -> None:
+    """What is left over after three vectors of query rows at a time, and lines of 1 KiB."""
+    for queries in (17, 33, 49, 65, 101, 128, 256):
+        agree(make([(queries, 300)], heads=heads, kv_heads=1, dim=20), window=90)
+    agree(make([(64, 200)], heads=4, kv_heads=1, dim=256))
+
+
 # ---- what the engine relies on ------------------------------------------------------------
 
 

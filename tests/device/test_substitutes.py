@@ -61,6 +61,27 @@ def test_gates_are_those_of_torch(size):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_that_share_the_rows_change_no_bit(threads):
+    """Of prompts, long enough for several shares, and the last of them short."""
+    gate, up = noise(1, 1111, 210), noise(1, 1111, 210, seed=1)
+    query, key = gate.view(1, 1111, 5, 42).transpose(1, 2), up.view(1, 1111, 5, 42).transpose(1, 2)
+    angles = noise(1, 1111, 30, seed=2), noise(1, 1111, 30, seed=3)
+
+    def found():
+        turned = rowwise.rotate(query, key, *angles)
+        return [rowwise.silu_gate(gate, up), rowwise.rms_norm(gate, up[0, 0], 1e-5), *turned]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = found()
+    torch.set_num_threads(threads)
+    try:
+        assert all(map(torch.equal, found(), alone))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("activation", "replaced"), [("silu", True), ("gelu", False)])
 def test_a_gate_is_known_by_what_it_computes_whatever_its_weights(activation, replaced):
     loaded = load_model("tiny-random", dtype="bfloat16")
