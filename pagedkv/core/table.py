@@ -64,8 +64,8 @@ class SequenceTable:
         score, weight, mass: Beside it, what the eviction policy knows of each block.
         sampling: How tokens are drawn, and which end the sequence: columns of their own.
         keeps_scores: Whether any sequence so far could forget.
-        kept_columns: Those that some policy so far reads; the others mean nothing and are not
-            moved. Who wants to look at more of them names them before the first request.
+        kept_columns: Those that some policy so far reads. The others are not moved: turns stay 0,
+            all else means nothing. Who wants to look at more names it before the first request.
 
     Columns widen when first needed, never while a step is in flight: tokens by doubling, tables as
     `plan_width` has it.

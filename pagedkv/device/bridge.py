@@ -166,6 +166,12 @@ def paged_attention(
             remedy="call it through pagedkv.device.bridge.forward or an executor",
         )
     _refuse_unknown(module, attention_mask, dropout, extra)
+    if query.shape[0] != 1:
+        raise UnsupportedBackend(
+            f"the model was called with {query.shape[0]} rows of tokens",
+            where=_place(module),
+            remedy="pack the tokens of all sequences into one row",
+        )
     if isinstance(step, Recorder):
         step.windows.append(int(extra.get("sliding_window") or 0))
     out = step.attend(

@@ -46,8 +46,15 @@ def rotation(theirs: _Rotation) -> _Rotation:
     from pagedkv.device.cpu.rowwise import rotate
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        batch, _, tokens, dim = q.shape
         whole = all(native(x) and x.is_contiguous() for x in (cos, sin))
-        if whole and cos.shape[2] <= q.shape[3] and native(q) and q.stride(3) == k.stride(3) == 1:
+        if (
+            whole
+            and batch == 1
+            and cos.shape == sin.shape == (1, tokens, cos.shape[-1])
+            and cos.shape[-1] <= dim
+            and all(native(x) and x.stride(3) == 1 for x in (q, k))
+        ):
             return rotate(q, k, cos, sin)
         return theirs(q, k, cos, sin)
 
@@ -73,7 +80,8 @@ def gated(self: Any, x: Tensor) -> Tensor:
 
     gate, up = self.gate_proj(x), self.up_proj(x)
     whole = gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous()
-    mixed = silu_gate(gate, up) if whole and native(gate) else nn.functional.silu(gate) * up
+    whole = whole and native(gate) and native(up)
+    mixed = silu_gate(gate, up) if whole else nn.functional.silu(gate) * up
     out: Tensor = self.down_proj(mixed)
     return out
 

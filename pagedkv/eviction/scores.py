@@ -130,7 +130,7 @@ class Score(Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def places(self) -> bool:
-        """Whether it may look at where entries stand, to rank them or to update what is known."""
+        """Whether where entries stand is kept for it: to rank by, or to count who observed them."""
         return self.weighs or not self.counts
 
 

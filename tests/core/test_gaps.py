@@ -14,11 +14,14 @@ GROUPS = st.integers(1, 3)
 ROWS = st.integers(1, 4)
 
 
+ONE_OF_EACH = st.integers(0, WIDTH - 1).map(lambda at: [i == at for i in range(WIDTH)])
+
+
 @st.composite
 def masks(draw):
-    """Which entries go, of some groups and rows."""
-    groups, rows = draw(GROUPS), draw(ROWS)
-    tables = draw(st.lists(TABLE, min_size=groups * rows, max_size=groups * rows))
+    """Which entries go, of some groups and rows: any, or one of each table as in decode."""
+    groups, rows, tables = draw(GROUPS), draw(ROWS), draw(st.sampled_from([TABLE, ONE_OF_EACH]))
+    tables = draw(st.lists(tables, min_size=groups * rows, max_size=groups * rows))
     return np.array(tables, np.bool_).reshape(groups, rows, WIDTH)
 
 

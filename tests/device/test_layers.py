@@ -276,7 +276,7 @@ def test_what_is_changed_later_counts(change, weights):
 def test_several_rows_and_training_are_for_the_modules():
     layer = layers_of("odd")[0]
     _, extra = asked(layer, 5)
-    with pytest.raises(RuntimeError):  # our attention takes one row
+    with pytest.raises(UnsupportedBackend, match="2 rows of tokens"):
         layer(noise(2, 5, 80), **extra)
     layer.train()
     layer.self_attn.attention_dropout = 0.5

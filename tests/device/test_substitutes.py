@@ -35,11 +35,20 @@ def test_rotations_are_bit_for_bit_those_of_the_model(dim, tokens):
 
 
 def test_what_native_code_does_not_take_is_rotated_all_the_same():
+    def angles(*shape):
+        return noise(*shape, seed=2), noise(*shape, seed=3)
+
     query, key = noise(1, 3, 9, 64), noise(1, 3, 64, 9, seed=1).transpose(2, 3)
-    wide = noise(1, 9, 128, seed=2), noise(1, 9, 128, seed=3)
-    angles = tuple(each[..., ::2] for each in wide)
-    expected = apply_rotary_pos_emb(query, key, *angles)
-    assert all(map(torch.equal, expected, rotation(apply_rotary_pos_emb)(query, key, *angles)))
+    cases = [
+        (query, key, *(each[..., ::2] for each in angles(1, 9, 128))),
+        (query, key.contiguous(), *angles(1, 1, 64)),
+        (noise(2, 3, 9, 64), noise(2, 3, 9, 64, seed=1), *angles(1, 9, 64)),
+        (noise(2, 3, 9, 64), noise(2, 3, 9, 64, seed=1), *angles(2, 9, 64)),
+        (query, key.contiguous().double(), *angles(1, 9, 64)),
+    ]
+    for case in cases:
+        found = rotation(apply_rotary_pos_emb)(*case)
+        assert all(map(torch.equal, apply_rotary_pos_emb(*case), found))
 
 
 @pytest.mark.parametrize("size", [7, 16, 576])
@@ -59,6 +68,7 @@ def test_gates_are_those_of_torch(size):
     expected = nn.functional.silu(gate) * up
     ours = rowwise.silu_gate(gate, up)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert torch.equal(rowwise.silu_gate(gate[1, 3], up[1, 3]), ours[1, 3])
 
 
 @pytest.mark.parametrize("threads", [2, 5])

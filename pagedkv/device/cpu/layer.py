@@ -35,7 +35,7 @@ from .linear import (
 from .native import compile_native, sources
 from .product import HEIGHT
 from .room import room
-from .rowwise import copy, gate_all, norm_rows, rotate_heads
+from .rowwise import copy, gate_rows, norm_rows, rotate_heads
 from .simd import (
     LANES,
     Address,
@@ -156,7 +156,7 @@ def _after(layer: Address, step: Address, hidden: Address, attended: Address, ou
     _norm(layer, AFTER, out, normed, size)
     _multiply(layer, GATE, step, normed, gates)
     _multiply(layer, UP, step, normed, ups)
-    gate_all(gates, ups, gates, tokens * get(_weight(layer, GATE), OUTPUTS))
+    gate_rows(gates, ups, gates, tokens, get(_weight(layer, GATE), OUTPUTS))
     _multiply(layer, DOWN, step, gates, ups)
     _add(out, ups, out, size)
 

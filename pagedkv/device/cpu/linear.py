@@ -60,7 +60,8 @@ COLUMNS = 3 * LANES
 # cache beside a panel.
 _ROWS_AT_ONCE = 1 << 16
 
-# Rows up to which a plain weight is multiplied with here: in whole models torch was slower then.
+# Rows up to which a plain weight is multiplied with here: for a whole model torch takes longer with
+# so few, and less with more.
 MOST_PLAIN_ROWS = 128 if LANES == 8 else 64
 
 # Inputs whose weights are expanded at once: they stay in the first-level cache.
@@ -70,7 +71,7 @@ _ones_and_piece = stack(4 * COLUMNS * (1 + _PIECE))
 # What the worker is told, as int64; strides in bytes, rows in blocks of HEIGHT.
 NEXT, ROWS, PANELS, OUT, NUM_BLOCKS, INPUTS, NUM_PANELS, OUT_STRIDE, AT_ONCE, RUN, HOW = range(11)
 FP32, BYTES, PLAIN = range(3)
-ALONE = 3  # added to BYTES or PLAIN where there is one row, which its block then is
+ALONE = 3  # added to BYTES or PLAIN where there is one row, and no block of HEIGHT
 _Params = c_int64 * (HOW + 1)
 
 
@@ -175,7 +176,7 @@ def _some_plain_rows(params: Address, chunk: int, low: int, high: int) -> None:
     end = stride // 4 if high == get(params, NUM_PANELS) else COLUMNS * high
     feature = COLUMNS * low
     while feature < end:
-        at = min(feature, end - 3)
+        at = min(feature, end - THREE)
         weight = get(params, PANELS) + 4 * inputs * at
         for block in range(first, last):
             rows = get(params, ROWS) + 4 * inputs * HEIGHT * block
@@ -183,7 +184,7 @@ def _some_plain_rows(params: Address, chunk: int, low: int, high: int) -> None:
             # The next features: memory would be idle between the sums.
             asks = 1 if block == first else 0
             dots(rows, 4 * inputs, weight, 4 * inputs, inputs // LANES, out, stride, asks)
-        feature += 3
+        feature += THREE
 
 
 @kernel

@@ -192,7 +192,7 @@ def dots(
     stride: Any,
     asks: Any,
 ) -> Any:
-    """to[k, j] = sum_i a[k, i] * b[j, i] for HEIGHT k, three j and `count` vectors of i; fp32.
+    """to[k, j] = sum_i a[k, i] * b[j, i] for HEIGHT k, THREE j and `count` vectors of i; fp32.
 
     Args:
         a: a[k, :] lies at a + k * across, addresses and bytes.
@@ -214,7 +214,7 @@ def dots(
 
 @_lowered
 def dots_of_one(_typing: Any, a: Any, b: Any, apart: Any, count: Any, to: Any) -> Any:
-    """The same for one k and SIX j: the same bits."""
+    """The same for one k and SIX j, to the same bits; the next six are asked for."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         a, b, apart, count, to = args

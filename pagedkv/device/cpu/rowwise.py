@@ -42,7 +42,7 @@ from .simd_math import exp2
 
 __all__ = [
     "copy",
-    "gate_all",
+    "gate_rows",
     "get_ready",
     "norm_rows",
     "put_rows",
@@ -158,6 +158,15 @@ def gate_all(gate: Address, up: Address, out: Address, count: int) -> None:
 
 
 @kernel
+def gate_rows(gate: Address, up: Address, out: Address, rows: int, size: int) -> None:
+    """The same row by row, so that no row's last numbers depend on how many rows there are."""
+    if size % LANES == 0:
+        rows, size = 1, rows * size
+    for at in range(0, 4 * size * rows, 4 * size):
+        gate_all(gate + at, up + at, out + at, size)
+
+
+@kernel
 def _put_rows(
     source: Address,
     token_stride: int,
@@ -198,9 +207,11 @@ def _take_norms(params: Address) -> None:
 @kernel
 def _take_gates(params: Address) -> None:
     gate, up, out = get(params, FIRST), get(params, FIRST + 1), get(params, FIRST + 2)
+    size = get(params, FIRST + 3)
     begin, count = _next_share(params)
     while count > 0:
-        gate_all(gate + 4 * begin, up + 4 * begin, out + 4 * begin, count)
+        at = 4 * size * begin
+        gate_rows(gate + at, up + at, out + at, count, size)
         begin, count = _next_share(params)
 
 
@@ -245,7 +256,7 @@ def _bits(number: float) -> int:
 def _spread(name: str, rows: int, size: int, *operands: int) -> None:
     """Have one of the three work on all rows, `size` numbers each; on threads where they are many.
 
-    No number depends on how many: each row is one thread's.
+    Each row is one thread's, and worked on alike whatever others there are.
     """
     each = max(1, _SHARE // size)
     params = array("q", (0, rows, each, *operands))
@@ -306,7 +317,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``; fp32, contiguous and of one shape."""
     out = room(*gate.shape)
-    _spread("silu_gate", gate.numel(), 1, gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    size = gate.shape[-1]
+    places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    _spread("silu_gate", gate.numel() // size, size, *places, size)
     return out
 
 

@@ -165,7 +165,7 @@ def _sized(items: Ints, tile_id: Ints, shape: Shape) -> Work:
     starts = np.cumsum(sizes) - sizes
     # All spans of a tile have one size: the tile's place is its first span's.
     items[:, at.PARTIAL_AT] = starts - items[:, at.SPAN] * sizes
-    padded = _up(rows, 16) * 16 + 16
+    padded = _up(rows, 16) * 16 + 16  # the most that `layout.apart` makes of them
     narrow = 8 * dims * rows + 8 * (rows + 16) + 8 * at.TILE * (heads * shape.group + 7)
     if shape.turned:  # for each entry of the table that a tile may reach into
         entries = at.TILE // shape.block_size if shape.block_size <= at.TILE else 2
