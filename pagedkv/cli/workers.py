@@ -48,10 +48,11 @@ def answers(
             remedy="give fewer, if memory was short",
         ) from None
     except BaseException:
-        workers = set(multiprocessing.active_children()) - before
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
+        for worker in set(multiprocessing.active_children()) - before:
             worker.terminate()
+        # Waits for the pool's own thread: were it still closing its pipes, Python would write to
+        # them at its end, and print that it could not.
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
     return [found[i] for i in range(len(questions))]
