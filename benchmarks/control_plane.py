@@ -91,7 +91,7 @@ def answer(plan: StepPlan, noise: np.random.Generator) -> StepResult:
     for each in plan.observations:
         shape = (len(plan.block_table), len(each.members), each.width)
         values = noise.random(shape, np.float32)
-        observed.append(Observed(values=values, mass=values))
+        observed.append(Observed(values=values, mass=values.copy()))
     return StepResult(token_ids=np.full(len(plan.sample_rows), 7, np.int32), observed=observed)
 
 

@@ -146,8 +146,7 @@ class LLM:
         """Serve all prompts and yield each request whenever it has new tokens; see `generate`.
 
         An output holds everything generated so far; the last one of a request is ``finished``, and
-        the only one where ``best_of`` or a beam search chooses among what was drawn.
-        Closing the iterator early aborts what is left.
+        the only one where ``best_of`` or a beam search chooses. Closing early aborts what is left.
 
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
