@@ -48,11 +48,10 @@ def answers(
             remedy="give fewer, if memory was short",
         ) from None
     except BaseException:
-        for worker in set(multiprocessing.active_children()) - before:
+        workers = set(multiprocessing.active_children()) - before
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
             worker.terminate()
-        # Waits for the pool's own thread: were it still closing its pipes, Python would write to
-        # them at its end, and print that it could not.
-        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
     return [found[i] for i in range(len(questions))]
