@@ -13,7 +13,6 @@ __all__ = [
     "Int32",
     "Int64",
     "UInt64",
-    "alike",
     "at_rows",
     "plan_width",
     "whole_tables",
@@ -26,14 +25,6 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 UInt64 = npt.NDArray[np.uint64]
-
-
-def alike(column: Int32) -> Int32:
-    """Return a [groups, B] column as [1, B] if all groups have the same, else as it is.
-
-    What follows from it is then worked out once, and broadcast.
-    """
-    return column[:1] if len(column) > 1 and bool((column == column[:1]).all()) else column
 
 
 def at_rows(rows: Int32) -> Any:

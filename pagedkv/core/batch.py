@@ -76,6 +76,11 @@ class Batch:
             return self
         return Batch(self.table, self.rows[chosen], self.counts[chosen])
 
+    @property
+    def groups(self) -> slice:
+        """The groups whose tables' lengths tell those of all: the first alone if they are alike."""
+        return slice(None) if np.count_nonzero(self.table.ragged[self.at]) else slice(1)
+
     # Where each row's tokens lie among the T of the step
 
     @cached_property

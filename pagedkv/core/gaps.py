@@ -52,14 +52,14 @@ class Gaps(Struct, frozen=True, kw_only=True, eq=False):
     Attributes:
         gone: [H] The entries that go, each table's tail first.
         steps: [N, width] By how many places the entry that each place takes over moves up.
-        source: [N * width] That entry; where none is left, any.
+        source: [N * width] That entry; where none is left, any. None if no step is longer than 1.
         past: [H] The places where none is left.
         lost: [N] How many entries each table loses.
     """
 
     gone: Int64
     steps: npt.NDArray[np.integer]
-    source: Int64
+    source: Int64 | None
     past: Int64
     lost: Int32
 
@@ -75,7 +75,7 @@ class Gaps(Struct, frozen=True, kw_only=True, eq=False):
         """Close the gaps in a column and leave 0 at the ends of its tables.
 
         Args:
-            column: [groups, rows, width]
+            column: [groups, rows, width] Of 4 bytes each.
             tables: [N] Which of its tables, each once.
             less: [N, width] What is taken from the entries that stay.
 
@@ -84,12 +84,25 @@ class Gaps(Struct, frozen=True, kw_only=True, eq=False):
         """
         whole = whole_tables(column)
         held = whole.take(tables).view(column.dtype)
-        moved = held.take(self.source, mode="clip")
+        if self.source is None:
+            moved = self._nearest(held.view(np.int32)).view(column.dtype)
+        else:
+            moved = held.take(self.source, mode="clip")
         moved[self.past] = 0
         if less is not None:
             moved -= less.ravel()
         whole[tables] = moved.view(whole.dtype)
         return held.reshape(-1, column.shape[2])
+
+    def _nearest(self, held: Int32) -> Int32:
+        """Return each entry or, a step further on, the next: [N * width]. In half the time of a
+        lookup, which goes entry by entry.
+        """
+        moved = np.zeros_like(held)
+        np.subtract(held[1:], held[:-1], out=moved[:-1])
+        moved *= self.steps.ravel()
+        moved += held
+        return moved
 
 
 def close_gaps(holes: Holes, width: int) -> Gaps:
@@ -106,17 +119,19 @@ def close_gaps(holes: Holes, width: int) -> Gaps:
     steps: npt.NDArray[np.integer]
     if len(table) == len(lost) and lost.all():  # one of each, as in decode: less than half the time
         gone = holes.entry.astype(np.int32)[:, None]
-        steps = (np.arange(width, dtype=np.int32) >= gone).ravel().view(np.int8)
+        steps = (np.arange(width, dtype=np.int32) >= gone).astype(np.int32)
+        source = None
     else:
         # A place takes over what stood as many entries further on as holes were met up to there.
         # All tables are one run, for sums over many short ones take several times as long.
         steps = np.bincount(at - ordinal, minlength=len(lost) * width)
         steps[width::width] -= lost[:-1]
         np.cumsum(steps, out=steps)
+        source = np.arange(len(steps)) + steps
     return Gaps(
         gone=at[end[table] - 1 - ordinal],
         steps=steps.reshape(-1, width),
-        source=np.arange(len(steps)) + steps,
+        source=source,
         past=(table + 1) * width - 1 - ordinal,
         lost=lost,
     )

@@ -120,7 +120,7 @@ class BlockManager:
             return 0
         fresh, copied = self._needs(batch)
         num_copies = 0 if copied is None else int(copied.sum())
-        return max(0, int(fresh.sum()) + num_copies - self.pool.num_available)
+        return max(0, self._count(fresh) + num_copies - self.pool.num_available)
 
     def grow(self, batch: Batch) -> Int32:
         """Give each row the slots that its next tokens are written to.
@@ -138,7 +138,7 @@ class BlockManager:
         """
         fresh, copied = self._needs(batch)
         num_copies = 0 if copied is None else int(copied.sum())
-        ids = self.allocate(num_copies + int(fresh.sum()))
+        ids = self.allocate(num_copies + self._count(fresh))
         copies = NO_COPIES
         if copied is not None and num_copies:
             copies = self._unshare(batch.rows, copied, ids[:num_copies])
@@ -153,10 +153,13 @@ class BlockManager:
         table.append_blocks(rows, fresh[:, None], self.allocate(int(fresh.sum())))
 
     def _needs(self, batch: Batch) -> tuple[Int32, Bool | None]:
-        """Return the blocks to append and which tails to copy, None for none: both [groups, B]."""
-        table, at, size = self.table, batch.at, self.block_size
-        resident = table.num_resident[:, at]
-        fresh = (resident + (batch.counts + (size - 1))) // size - table.num_blocks[:, at]
+        """Return the blocks to append and which tails to copy, None for none: both [groups, B].
+
+        Of the former only [1, B] if they are the same in every group.
+        """
+        table, at, size, groups = self.table, batch.at, self.block_size, batch.groups
+        resident = table.num_resident[groups, at]
+        fresh = (resident + (batch.counts + (size - 1))) // size - table.num_blocks[groups, at]
         # Only forks share a block that is not full: elsewhere there is nothing to look up.
         if not batch.forked:
             return fresh, None
@@ -172,6 +175,10 @@ class BlockManager:
             where = np.flatnonzero(shared)
             shared.flat[where[len(where) - 1 - keeps]] = False
         return fresh, shared
+
+    def _count(self, fresh: Int32) -> int:
+        """Return how many blocks there are to append in all groups."""
+        return int(fresh.sum()) * (self.num_groups // len(fresh))
 
     def num_copies(self, rows: Int32) -> int:
         """Return how many tail blocks rows would have to copy to write on, all of them now."""
@@ -306,6 +313,7 @@ class BlockManager:
         self._move(packed, goes, old, new)
         table.tokens.keep(rows, keep)
         table.num_resident[:, rows] = left = keep.sum(axis=2)
+        table.ragged[rows] = self.num_groups > 1
         num_blocks = packed.num_blocks.reshape(shape[:2])[:, served]
         table.replace_blocks(rows[served], new.reshape(shape)[:, served], num_blocks)
         return resident - left, rows[~served]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64, alike, plan_width
+from pagedkv.core.arrays import Int32, Int64, plan_width
 from pagedkv.core.batch import Batch, Draws
 from pagedkv.core.plan import PromptTargets, StepPlan
 from pagedkv.core.positions import turns
@@ -39,10 +39,10 @@ def build_plan(retention: Retention, decision: Decision, draws: Draws) -> StepPl
     """
     step, batch, moves, swaps, copies = decision
     table, at = batch.table, batch.at
-    width = plan_width(int(table.num_blocks[:, at].max(initial=0)))
+    width = plan_width(int(table.num_blocks[batch.groups, at].max(initial=0)))
     place, computed, position = (
         column[..., at] if batch.decodes else column[..., batch.token_rows] + batch.offset
-        for column in (table.num_resident, table.num_computed, table.next_position)
+        for column in (table.num_resident[batch.groups], table.num_computed, table.next_position)
     )
     return StepPlan(
         step=step,
@@ -68,8 +68,10 @@ def build_plan(retention: Retention, decision: Decision, draws: Draws) -> StepPl
 
 
 def _slots(batch: Batch, place: Int32) -> Int64:
-    """Return the slots of the tokens at ``place`` in their tables: [groups, T]."""
-    table, place = batch.table, alike(place)
+    """Return the slots of tokens, [groups, T], from their places in their tables, [groups, T] or,
+    where those are the same in every group, [1, T].
+    """
+    table = batch.table
     index = place // table.block_size
     if batch.decodes:  # into the last block: to look it up would touch all tables again
         blocks = table.tail[:, batch.at]

@@ -24,6 +24,7 @@ PROGRESS_COLUMNS = (
     "left_out",
     "replay_until",
     "publishes",
+    "ragged",
 )
 
 
@@ -36,6 +37,7 @@ class SequenceTable:
         num_computed: Known tokens whose keys and values were computed.
         num_resident: [groups, rows] Those of them that are still in the pool.
         num_blocks: [groups, rows] Entries in use in ``block_table``.
+        ragged: Whether the tables of its groups may differ in either; else the first tells of all.
         limit: The number of known tokens at which the sequence ends.
         max_blocks: The most blocks per table that the sequence ever holds at once.
         priority: Its request's priority.
@@ -95,6 +97,7 @@ class SequenceTable:
         self.tenant: Int32 = np.zeros(rows, np.int32)
         self.num_resident: Int32 = np.zeros((num_groups, rows), np.int32)
         self.num_blocks: Int32 = np.zeros((num_groups, rows), np.int32)
+        self.ragged: Bool = np.zeros(rows, np.bool_)
         self.tail: Int32 = np.zeros((num_groups, rows), np.int32)
         self.token_ids: Int32 = np.zeros((rows, FIRST_BLOCKS * block_size), np.int32)
         self.next_position: Int32 = np.zeros(rows, np.int32)
@@ -153,6 +156,7 @@ class SequenceTable:
         self.replay_until[row] = 0
         self.num_resident[:, row] = 0
         self.num_blocks[:, row] = 0
+        self.ragged[row] = False
         most = seq.max_len if params.max_tokens is None else seq.num_prompt + params.max_tokens
         self.limit[row] = min(most, seq.max_len)
         self.max_blocks[row] = seq.max_blocks
@@ -228,24 +232,26 @@ class SequenceTable:
 
         Args:
             rows: [B] Rows, each at most once.
-            counts: [groups, B] Blocks each table gains.
-            ids: [counts.sum()] Block ids, table after table in the order of ``counts``.
+            counts: [groups, B] Blocks each table gains; [1, B] if it is the same in every group.
+            ids: [N] Block ids, table after table, group after group.
         """
         if not len(ids):
             return
-        if counts.size == 1 and not self.kept_columns:  # a prompt
+        if self.num_groups == len(rows) == 1 and not self.kept_columns:  # a prompt
             self._append_run(int(rows[0]), ids)
             return
         # Flat indices: looking up by group, row and entry takes several times as long.
         where = np.flatnonzero(counts != 0)
-        group, member = np.divmod(where, len(rows)) if len(counts) > 1 else (0, where)
-        row = rows[member]
-        table = group * self.num_rows + row
+        if len(counts) == self.num_groups > 1:
+            group, member = np.divmod(where, len(rows))
+            table = group * self.num_rows + rows[member]
+        else:
+            table = self.tables_of(rows[where])
         index = self.num_blocks.ravel()[table]
         if len(ids) > len(table):  # some gain more than one
-            many = counts.ravel()[where]
+            many = np.resize(counts.ravel()[where], len(table))
             begin = np.repeat(np.cumsum(many) - many, many)
-            row, table = np.repeat(row, many), np.repeat(table, many)
+            table = np.repeat(table, many)
             index = np.repeat(index, many) + (np.arange(len(ids)) - begin).astype(np.int32)
         self.reserve_blocks(int(index.max()) + 1)
         entry = table * self.block_table.shape[2] + index
@@ -255,7 +261,8 @@ class SequenceTable:
         self.tail.reshape(-1)[table] = ids
         if "first_position" in self.kept_columns:
             ahead = index * self.block_size - self.num_resident.ravel()[table]
-            self.first_position.reshape(-1)[entry] = self.num_computed[row] + ahead
+            computed = self.num_computed[table % self.num_rows]
+            self.first_position.reshape(-1)[entry] = computed + ahead
         for name in self.kept_columns:
             if name in SCORE_COLUMNS:
                 getattr(self, name).reshape(-1)[entry] = 0
@@ -292,6 +299,7 @@ class SequenceTable:
             resident = self.num_resident[:, rows[by_token]]
             gone = holes.mask[:, by_token]
             self.tokens.drop_blocks(rows[by_token], gone, resident, self.block_size)
+        self.ragged[rows] |= (holes.lost != holes.lost[:1]).any(axis=0)
         self.num_blocks.reshape(-1)[table] -= gaps.lost
         self.num_resident.reshape(-1)[table] -= gaps.lost * np.int32(self.block_size)
         return dropped
@@ -368,6 +376,8 @@ class SequenceTable:
         assert (self.num_resident[:, rows] <= self.num_computed[rows]).all(), "resident uncomputed"
         unused = np.arange(self.block_table.shape[2]) >= self.num_blocks[:, :, None]
         assert not (self.block_table * unused).any(), "an entry that is not in use names a block"
+        for lengths in (self.num_blocks, self.num_resident):
+            assert ((lengths == lengths[:1]) | self.ragged).all(), "tables differ in length unnoted"
         last = np.maximum(self.num_blocks - 1, 0)[:, :, None]
         tail = np.take_along_axis(self.block_table, last, axis=2)[:, :, 0]
         begun = self.num_resident % self.block_size > 0
