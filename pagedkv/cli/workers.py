@@ -4,21 +4,19 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pagedkv.errors import WorkerLost
+from pagedkv.interrupts import Uninterrupted
 
 __all__ = ["answers"]
 
 Answer = TypeVar("Answer")
 
-# Seconds between looks for an interrupt: one that falls between Python's last look and the wait
-# itself wakes nobody.
-_GLANCE = 0.2
+_GLANCE = 0.2  # seconds between looks for an interrupt
 
 
 def answers(
@@ -39,51 +37,31 @@ def answers(
         Exception: What a task raised.
     """
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(most, len(questions)), initializer=_begin)
     found: dict[int, Answer] = {}
-    try:
-        with _interrupts_held_back():
+    with Uninterrupted() as interrupts:  # neither a pool nor what waits for it bears any
+        pool = ProcessPoolExecutor(min(most, len(questions)), initializer=_begin)
+        try:
             futures = {pool.submit(task, *each): i for i, each in enumerate(questions)}
-        waiting = set(futures)
-        while waiting:
-            ended, waiting = wait(waiting, _GLANCE, FIRST_COMPLETED)
-            for future in ended:
-                found[futures[future]] = future.result()
-                done()
-    except BrokenProcessPool:
-        raise WorkerLost(
-            "a process was killed before it had answered",
-            where="--jobs",
-            remedy="give fewer, if memory was short",
-        ) from None
-    except BaseException:
-        workers = set(multiprocessing.active_children()) - before
-        for worker in workers:
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
+            waiting = set(futures)
+            while waiting:
+                ended, waiting = wait(waiting, _GLANCE, FIRST_COMPLETED)
+                for future in ended:
+                    found[futures[future]] = future.result()
+                    done()
+                interrupts.let_through()
+        except BrokenProcessPool:
+            raise WorkerLost(
+                "a process was killed before it had answered",
+                where="--jobs",
+                remedy="give fewer, if memory was short",
+            ) from None
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
+            pool.shutdown(cancel_futures=True)
+            raise
+        pool.shutdown()
     return [found[i] for i in range(len(questions))]
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let an interrupt wait: a pool that meets one while it starts never ends.
-
-    Workers inherit that by fork, so none falls to it before it ignores interrupts. Only Python's
-    main thread receives any.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if held:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _begin() -> None:

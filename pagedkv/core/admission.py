@@ -301,13 +301,11 @@ class Admission:
         now = manager.pledged_blocks(running)
         waits = taken & ~table.runs & (table.num_known > table.num_prompt)
         if waits.any():  # beams that come back and have not forked yet
-            own = np.minimum(
-                -(-table.num_known[waits] // manager.block_size), table.max_blocks[waits]
-            )
-            now += (
-                int((own - table.num_prompt[waits] // manager.block_size).sum())
-                * manager.num_groups
-            )
+            size, groups = manager.block_size, manager.num_groups
+            own = np.minimum(-(-table.num_known[waits] // size), table.max_blocks[waits])
+            # What they share of the prompt they may forget, and take as much of their own.
+            shared = np.where(table.evicts[waits], 0, table.num_prompt[waits] // size)
+            now += int((own - shared).sum()) * groups
         if is_greedy:
             return Need(now, now)
         rows = np.flatnonzero(taken).astype(np.int32)

@@ -1,45 +1,19 @@
 """The loop that serves: schedule, execute, commit."""
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import FrameType
 
 import numpy as np
 
 from pagedkv.core.plan import Executor, StepOutput, StepPlan, StepResult
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import InvalidTransition
+from pagedkv.interrupts import Uninterrupted
 
 __all__ = ["Engine", "Observer"]
 
 Observer = Callable[[StepPlan, StepResult, StepOutput], None]
 """Is told of every step after it was committed."""
-
-
-class _Uninterrupted:
-    """Holds Ctrl-C back until its end.
-
-    Only the main thread is ever interrupted, and only where Python handles the signal.
-
-    Cost: tens of microseconds, most of it the enums of Python's `signal`; nearly none in other
-    threads.
-    """
-
-    def __enter__(self) -> None:
-        self._pressed: list[tuple[int, FrameType | None]] = []
-        handler = signal.getsignal(signal.SIGINT)
-        main = threading.current_thread() is threading.main_thread()
-        self._handler = handler if main and callable(handler) else None
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, lambda *call: self._pressed.append(call))
-
-    def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            for call in self._pressed[:1]:
-                self._handler(*call)
 
 
 class Engine:
@@ -69,10 +43,10 @@ class Engine:
         """
         plan: StepPlan | None = None
         try:
-            with _Uninterrupted():
+            with Uninterrupted():
                 plan = self.scheduler.schedule()
             result = self.executor.execute(plan) if plan.num_tokens else EMPTY_RESULT
-            with _Uninterrupted():
+            with Uninterrupted():
                 output = self.scheduler.commit(plan, result)
         except BaseException:
             if plan is not None:

@@ -1,5 +1,6 @@
 """Processes that share a sweep: they end when nobody waits for them; one that dies is missed."""
 
+import concurrent.futures
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,58 @@ def test_the_first_that_raises_ends_the_others():
     with pytest.raises(ValueError, match="the second"):
         answers(refuse, [(i,) for i in range(4)], 2, lambda: None)
     until(lambda: not multiprocessing.active_children())
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as Python handles it: whoever started the tests may have had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "it was not put back"
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("name", ["submit", "shutdown"])
+def test_an_interrupt_waits_until_the_pool_has_started_or_ended(monkeypatch, name):
+    call = getattr(concurrent.futures.ProcessPoolExecutor, name)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return call(*args, **options)
+
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers(double, [(i,) for i in range(5)], 2, lambda: None)
+    until(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_answers_are_waited_for_ends_the_sweep(monkeypatch):
+    """In the middle of the wait itself it would leave the pool locked for ever."""
+    wait = concurrent.futures.wait
+
+    def interrupted(futures, *args):
+        for future in futures:
+            with future._condition:
+                signal.raise_signal(signal.SIGINT)
+        return wait(futures, *args)
+
+    monkeypatch.setattr("pagedkv.cli.workers.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers(refuse, [(i,) for i in range(2, 6)], 2, lambda: None)
+    until(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_is_told_though_the_pool_breaks(monkeypatch):
+    def broken(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise concurrent.futures.process.BrokenProcessPool("gone")
+
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", broken)
+    with pytest.raises(KeyboardInterrupt):
+        answers(double, [(1,)], 1, lambda: None)
 
 
 def members(group):

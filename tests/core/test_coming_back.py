@@ -79,3 +79,31 @@ def test_a_window_is_computed_again_in_steps_no_wider_than_it_was_held():
             widest = max(widest, -(-tokens // SIZE))
     assert service.finished["low", 0].num_preemptions == 1
     assert widest == 4  # the window's three, and one more
+
+
+def test_beams_that_come_back_keep_others_out_while_they_may_still_part():
+    """They may hold fewer blocks than their prompt fills: that is no room for anybody else."""
+    service = Service(
+        EngineConfig(
+            model=ModelConfig(num_layers=2, max_model_len=400, vocab_size=50_000),
+            cache=CacheConfig(
+                block_size=2, num_blocks=64, granularity="layer", enable_prefix_caching=False
+            ),
+            scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=200),
+        )
+    )
+    params = SamplingParams(beam_width=3, n=1, max_tokens=40, ignore_eos=True)
+    forgets = "recent=4 + score=last + budget=8 + chunk=4"
+    beams = Request(
+        request_id="beams", prompt_token_ids=[*range(50)], sampling=params, eviction=forgets
+    )
+    service.add(beams)
+    for _ in range(15):
+        service.step()
+    scheduler = service.scheduler
+    scheduler.discard(scheduler.schedule())
+    service.add(request("other", 58, 4), request("third", 58, 4))
+    while scheduler.has_unfinished():
+        assert scheduler.admission.reserved().now >= 0
+        service.step()
+    assert {end.finish_reason for end in service.finished.values()} == {"length"}

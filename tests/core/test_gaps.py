@@ -52,6 +52,27 @@ def test_every_table_keeps_its_order(mask, spare, random, turns):
         assert after[at] == before[at]
 
 
+FAR = [-(2**31), 2**31 - 1, -1, 0, 0x7FC00001, 0x7F800000]  # and NaN and infinity, as floats
+
+
+@given(masks(), st.data())
+def test_bits_are_moved_as_they_are(mask, data):
+    """Whatever numbers stand there: the largest, NaN, infinity."""
+    bits = data.draw(st.lists(st.sampled_from(FAR), min_size=mask.size, max_size=mask.size))
+    whole = np.array(bits, np.int64).astype(np.int32).reshape(mask.shape)
+    column, tables = whole.copy().view(np.float32), np.arange(mask.shape[0] * mask.shape[1])
+
+    close_gaps(Holes.of(mask), WIDTH).close(column, tables)
+
+    for before, goes, after in zip(
+        whole.reshape(-1, WIDTH),
+        mask.reshape(-1, WIDTH),
+        column.view(np.int32).reshape(-1, WIDTH),
+        strict=True,
+    ):
+        assert after.tolist() == [*before[~goes].tolist(), *[0] * int(goes.sum())]
+
+
 @given(masks())
 def test_holes_say_what_the_mask_says(mask):
     """Group by group, row by row, entry by entry."""
