@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from pagedkv.environment import OTHER_VARIABLES
 from pagedkv.errors import ConfigError, PagedKVError, closest, shown
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
     "ModelConfig",
     "SchedulerConfig",
     "as_config",
-    "audit_enabled",
+    "check_environment",
     "config_schema",
     "load_config",
     "with_fields",
@@ -40,8 +41,6 @@ Natural = Annotated[int, Meta(ge=0, le=LARGEST_INT64)]
 TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_INT32)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 ENV_PREFIX = "PAGEDKV_"
-# Read elsewhere: no fields of a configuration.
-OTHER_VARIABLES = ("PAGEDKV_AUDIT", "PAGEDKV_CACHE_DIR", "PAGEDKV_TRACES")
 
 
 @functools.cache
@@ -250,6 +249,10 @@ def load_config(
     except msgspec.ValidationError as fault:
         what, _, path = str(fault).partition(" - at ")
         field = path.strip("`").removeprefix("$.").removeprefix("$")
+        section, _, setting = field.partition(".")
+        settings = tree.get(section)
+        if isinstance(settings, dict) and setting in settings:
+            what = f"{what}; it is {shown(settings[setting])}"
         name, remedy = field, "see `pagedkv config schema`"
         if "unknown field" in what:
             unknown = what.split("`")[1]
@@ -260,6 +263,16 @@ def load_config(
     except ConfigError as fault:
         at = " ".join(filter(None, (origin.get(fault.where, where), fault.where)))
         raise ConfigError(fault.what, where=at, remedy=fault.remedy) from None
+
+
+def check_environment() -> None:
+    """Refuse variables that begin as ours do and mean nothing.
+
+    Raises:
+        ConfigError: It names the first of them.
+    """
+    for _ in _variables(os.environ):
+        pass
 
 
 def _variables(env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -383,15 +396,3 @@ def with_fields(config: EngineConfig, **fields: Any) -> EngineConfig:
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema of `EngineConfig`."""
     return msgspec.json.schema(EngineConfig)
-
-
-def audit_enabled(env: Mapping[str, str] | None = None) -> bool:
-    """Return whether ``PAGEDKV_AUDIT`` asks for an audit after every step.
-
-    Raises:
-        ConfigError: The variable holds something other than 0 or 1.
-    """
-    value = (os.environ if env is None else env).get("PAGEDKV_AUDIT", "0")
-    if value not in ("0", "1", ""):
-        raise ConfigError(f"{value!r}", where="PAGEDKV_AUDIT", remedy="set it to 0 or 1")
-    return value == "1"

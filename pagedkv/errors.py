@@ -72,12 +72,38 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def closest(name: str, known: list[str], *, cutoff: float = 0.6) -> str:
-    """Return the known name that a misspelt one most likely stands for, or nothing.
+    """Return the known name that a misspelt or foreign one most likely stands for, or nothing.
 
     Args:
         cutoff: How alike they must be at least, from 0 to 1.
     """
+    meant = _ELSEWHERE.get(_plain(name))
+    if meant is not None:
+        for each in known:
+            if _plain(each) == meant:
+                return each
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), "")
+
+
+def _plain(name: str) -> str:
+    """A flag's name as that of the setting behind it."""
+    return name.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+_ELSEWHERE = {
+    # vLLM
+    "gpu_memory_utilization": "kv_cache_memory_fraction",
+    "num_gpu_blocks_override": "num_blocks",
+    "swap_space": "num_cpu_blocks",
+    # SGLang
+    "mem_fraction_static": "kv_cache_memory_fraction",
+    "max_running_requests": "max_num_seqs",
+    "context_length": "max_model_len",
+    "page_size": "block_size",
+    # kvpress
+    "compression_ratio": "ratio",
+}
+"""What other engines call settings of ours."""
 
 
 def is_text(value: object) -> bool:

@@ -3,14 +3,14 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 from pagedkv.errors import ConfigError
 
-__all__ = ["check_writable", "replacing"]
+__all__ = ["check_outputs", "check_writable", "replacing"]
 
 _REMEDY = "name a file in a directory with room that may be written to"
 
@@ -33,6 +33,32 @@ def check_writable(path: str | Path | None) -> None:
             beside = _beside(Path(path))
             beside.touch()
             beside.unlink()
+
+
+def check_outputs(
+    outputs: Mapping[str, str | Path | None], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Find out before a long run that something could not be written, or would not last.
+
+    Args:
+        outputs: By flag, what will be written; None if the flag was not given.
+        inputs: What is read, and is no result to be written over.
+
+    Raises:
+        ConfigError: One cannot be written, or is named twice.
+    """
+    taken = {_place(path): "read as well" for path in inputs if path is not None}
+    for flag, path in outputs.items():
+        check_writable(path)
+        if path is None or str(path) == "-" or _is_special(Path(path)):
+            continue
+        if how := taken.get(_place(path)):
+            raise ConfigError(f"{path} is {how}", where=flag, remedy="give each a file of its own")
+        taken[_place(path)] = f"what {flag} writes as well"
+
+
+def _place(path: str | Path) -> Path:
+    return Path(path).resolve()
 
 
 @contextmanager
@@ -71,7 +97,8 @@ def _opened(path: Path, *, binary: bool) -> IO[Any]:
 
 
 def _stdout() -> TextIO:
-    if sys.stdout is None:  # whoever started this process has closed it
+    # Whoever started this process has closed it; the command line puts what leads nowhere there.
+    if sys.stdout is None or getattr(sys.stdout, "name", "") == os.devnull:
         raise ConfigError("it is closed", where="standard output", remedy=_REMEDY)
     return sys.stdout
 

@@ -15,7 +15,9 @@ from pagedkv import (
     SchedulerConfig,
     load_config,
 )
-from pagedkv.config import audit_enabled, config_schema, with_fields
+from pagedkv.config import config_schema, with_fields
+from pagedkv.environment import audit_enabled
+from pagedkv.errors import closest
 
 
 def fault_of(call, *args, **kwargs):
@@ -346,3 +348,18 @@ def test_every_field_is_described():
     for kind in (ModelConfig, CacheConfig, SchedulerConfig):
         for name in kind.__struct_fields__:
             assert f"{name}:" in kind.__doc__, f"{kind.__name__}.{name} is not described"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("gpu_memory_utilization", ["num_blocks", "kv_cache_memory_fraction"], True),
+        ("--num-gpu-blocks-override", ["--num-cpu-blocks", "--num-blocks"], True),
+        ("swap_space", ["swap_cost", "num_cpu_blocks"], True),
+        ("compression_ratio", ["recent", "ratio"], True),
+        ("page_size", ["seed"], False),  # there is no such setting here
+        ("blok_size", ["seed", "block_size"], True),
+    ],
+)
+def test_what_other_engines_call_our_settings_is_known(name, known, meant):
+    assert closest(name, known) == (known[-1] if meant else "")

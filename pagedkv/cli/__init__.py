@@ -4,15 +4,20 @@ A verb's module has ``add_parser(subparsers) -> None`` and ``run(args) -> int``.
 """
 
 import argparse
+import codecs
 import errno
+import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pagedkv import __version__
+from pagedkv.config import check_environment
 from pagedkv.errors import PagedKVError, PolicyError, closest
 
 __all__ = ["main"]
@@ -109,19 +114,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if some requests failed; 2 for a mistake in what was asked; 130 when
         interrupted.
     """
-    parser = _parser()
+    with _mended_streams():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = None
     try:
-        args = parser.parse_args(argv)
-    except SystemExit as end:
-        return int(end.code or 0)
-    if args.verb is None:
-        parser.print_help()
-        return 0
-    try:
-        code: int = _module(args.verb).run(args)
-        if sys.stdout is not None:  # it is None if whoever started us has closed it
-            sys.stdout.flush()
+        args = _parsed(argv)
+        check_environment()
+        code: int = 0 if args.verb is None else _module(args.verb).run(args)
+        sys.stdout.flush()
         return code
+    except SystemExit as end:  # what was asked for is help, or was told to be wrong
+        if lost := _lost_output():
+            print(f"pagedkv: error: standard output: cannot be written: {lost}", file=sys.stderr)
+            return 2
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("\npagedkv: interrupted", file=sys.stderr)
         return 130
@@ -135,6 +144,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+    return args
+
+
+@contextmanager
+def _mended_streams() -> Iterator[None]:
+    """Put streams that lead nowhere in the place of those that whoever started us has closed, and
+    write what standard output's encoding lacks as JSON would escape it.
+    """
+    with ExitStack() as stack:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, stack.enter_context(Path(os.devnull).open(mode)))
+                stack.callback(setattr, sys, name, None)
+        if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+            codecs.register_error("pagedkv.escape", _escape)
+            sys.stdout.reconfigure(errors="pagedkv.escape")
+        yield
+
+
+def _escape(fault: UnicodeError) -> tuple[str, int]:
+    assert isinstance(fault, UnicodeEncodeError)
+    text = fault.object[fault.start : fault.end]
+    return json.dumps(text)[1:-1], fault.end
+
+
 def _drop_output() -> None:
     """Keep Python from complaining at exit about what could not be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -143,8 +182,7 @@ def _drop_output() -> None:
 def _lost_output() -> str | None:
     """Why standard output takes no more; None if it does."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as fault:
         _drop_output()
         return fault.strerror or str(fault)

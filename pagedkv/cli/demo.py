@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.cli.dashboard import WIDTH, dashboard
-from pagedkv.cli.machine import idle_cores
+from pagedkv.cli.machine import idle_cores, tell_of_waits
 from pagedkv.cli.users import User, make_users
 from pagedkv.config import CacheConfig, EngineConfig, SchedulerConfig
 from pagedkv.errors import ConfigError
@@ -26,7 +26,8 @@ picture of who held which block when. Everything runs on the CPU.
 _EPILOG = """\
 examples:
   pagedkv demo                                first time: downloads a model of 93 MB
-  pagedkv demo --model tiny-random            no download, random words, a few seconds
+  pagedkv demo --model tiny-random            no download, random words, seconds; at first, while
+                                              kernels compile, half a minute
   pagedkv demo --users 12 --num-blocks 40     fewer users, a smaller pool
   pagedkv demo --num-blocks 400               room for all: nobody waits
 """
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from pagedkv.device.models import load_model
 
     torch.set_num_threads(min(num_threads, torch.get_num_threads()))
+    tell_of_waits(0.0)  # its threads are few enough
     loaded = load_model(args.model)
     prompts = [encode(loaded, user.messages) for user in users]
     config = _config(args, users, prompts)

@@ -17,6 +17,7 @@ from pagedkv.cli.flags import (
     sampling_params,
 )
 from pagedkv.cli.prompts import Prompt, gather_prompts
+from pagedkv.cli.turns import InTurn
 from pagedkv.core.request import SamplingParams
 from pagedkv.errors import ConfigError, InvalidRequest
 
@@ -43,9 +44,9 @@ examples:
   pagedkv generate --model tiny-random --n 3 --seed 7 --json "Hello" | jq .outputs[].text
   pagedkv generate --prompts-file questions.jsonl --chat --json > answers.jsonl
 
-A prompts file has one prompt a line: plain text, or JSON with "prompt", "prompt_token_ids" or
-"messages", and perhaps "cache_salt"; other keys are passed over. Without prompts, all of standard
-input is one prompt.
+A prompts file has one prompt a line: plain text, or JSON (in a .jsonl file always) with "prompt",
+"prompt_token_ids" or "messages", and perhaps "cache_salt"; other keys are passed over. Without
+prompts, all of standard input is one prompt.
 """
 
 
@@ -91,14 +92,7 @@ def run(args: argparse.Namespace) -> int:
         return _show_steps(llm, ready[0], given(args, "sampling"))
     if args.stream:
         return _stream(llm, ready, params, as_json=args.json)
-    bar = sys.stderr.isatty() and len(prompts) > 1
-    outputs = llm.generate(ready, params, use_tqdm=bar)
-    for index, output in enumerate(outputs):
-        if args.json:
-            _print_json(_as_dict(index, output))
-        else:
-            _print_text(index, output, alone=len(outputs) == 1)
-    return _report_failures(outputs)
+    return _whole(llm, ready, params, as_json=args.json)
 
 
 def _for_llm(llm: "LLM", prompt: Prompt, *, chat: bool) -> Any:
@@ -117,6 +111,33 @@ def _for_llm(llm: "LLM", prompt: Prompt, *, chat: bool) -> Any:
 
 
 # Whole outputs
+
+
+def _whole(llm: "LLM", prompts: list[Any], params: SamplingParams, *, as_json: bool) -> int:
+    """Print outputs in the prompts' order, as soon as they are there; if the rest is interrupted,
+    then whatever is done.
+    """
+    from tqdm import tqdm
+
+    def show(index: int, output: "RequestOutput") -> None:
+        if as_json:
+            _print_json(_as_dict(index, output))
+        else:
+            _print_text(index, output, alone=len(prompts) == 1)
+
+    done, turns = [], InTurn(show)
+    quiet = len(prompts) == 1 or sys.stdout.isatty() or not sys.stderr.isatty()
+    with tqdm(total=len(prompts), disable=quiet, unit="request") as bar:
+        try:
+            for output in llm.stream(prompts, params):
+                if output.finished:
+                    done.append(output)
+                    turns.add(int(output.request_id), output)  # this LLM numbered nothing else
+                    bar.update()
+        except KeyboardInterrupt:
+            turns.show_rest()
+            raise
+    return _report_failures(done)
 
 
 def _print_json(value: dict[str, Any]) -> None:

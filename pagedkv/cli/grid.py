@@ -2,8 +2,10 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from typing import Any
+
+from pagedkv.errors import closest
 
 __all__ = ["Sweep", "expand", "let_sweep"]
 
@@ -13,12 +15,10 @@ class Sweep(tuple[Any, ...]):
 
 
 class _Choices(list[Any]):
-    """Choices that hold a sweep if they hold each of its values."""
+    """Choices that hold any sweep: its values were looked at one by one."""
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, Sweep):
-            return all(super(_Choices, self).__contains__(each) for each in value)
-        return super().__contains__(value)
+        return isinstance(value, Sweep) or super().__contains__(value)
 
 
 def let_sweep(parser: argparse.ArgumentParser, *, but: Collection[str]) -> None:
@@ -32,18 +32,26 @@ def let_sweep(parser: argparse.ArgumentParser, *, but: Collection[str]) -> None:
             continue
         if action.dest in but:
             continue
-        action.type = _several(action.type)
+        action.type = _several(action.type, action.choices)
         if action.choices is not None:
             action.choices = _Choices(action.choices)
 
 
-def _several(kind: Any) -> Callable[[str], Any]:
+def _several(kind: Any, choices: Iterable[Any] | None) -> Callable[[str], Any]:
     parse: Callable[[str], Any] = kind or str
+    known = None if choices is None else [*choices]
 
     def parse_all(text: str) -> Any:
         if "," not in text:
             return parse(text)
         values = Sweep(parse(part.strip()) for part in text.split(","))
+        for value in values:
+            if known is not None and value not in known:
+                near = closest(str(value), list(map(str, known)))
+                hint = f"; did you mean {near}?" if near else ""
+                raise argparse.ArgumentTypeError(
+                    f"invalid choice: {value!r}{hint} (choose from {', '.join(map(repr, known))})"
+                )
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
             raise argparse.ArgumentTypeError(f"{twice[0]} is given twice")

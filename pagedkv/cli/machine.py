@@ -3,10 +3,22 @@
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "cores", "cpu_model", "idle_cores", "machine", "simd", "threads", "versions"]
+__all__ = [
+    "PACKAGES",
+    "busy_cores",
+    "cores",
+    "cpu_model",
+    "idle_cores",
+    "machine",
+    "simd",
+    "tell_of_waits",
+    "threads",
+    "versions",
+]
 
 PACKAGES = (
     "torch",
@@ -96,6 +108,49 @@ def idle_cores() -> int:
     """
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return max(1, cores() - round(busy))
+
+
+def busy_cores(seconds: float = 0.1) -> float:
+    """Return how many of the machine's processors others keep busy just now, 0 if it does not tell.
+
+    Cost: that many seconds, in which this process must not compute.
+    """
+
+    def ticks() -> tuple[int, int]:
+        words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        counts = [int(word) for word in words]
+        return sum(counts), sum(counts[3:5])  # idle, and waiting for a disk
+
+    try:
+        all_before, idle_before = ticks()
+        time.sleep(seconds)
+        all_after, idle_after = ticks()
+    except (OSError, ValueError):
+        return 0.0
+    passed = max(1, all_after - all_before)
+    return (1 - (idle_after - idle_before) / passed) * (os.cpu_count() or 1)
+
+
+def tell_of_waits(busy: float) -> None:
+    """Say on standard error what will make all steps slow, or the first.
+
+    Args:
+        busy: What `busy_cores` found before torch, which is there now, was loaded.
+    """
+    num_threads, num_cores = sys.modules["torch"].get_num_threads(), os.cpu_count() or 1
+    if num_threads > 1 and num_cores - busy < num_threads - 0.5:
+        print(
+            f"pagedkv: others keep {busy:.1f} of {num_cores} processors busy, and {num_threads} "
+            "threads that wait for each other may take many times as long as one: try "
+            "OMP_NUM_THREADS=1",
+            file=sys.stderr,
+        )
+    try:
+        from pagedkv.device.cpu.kernel import cached
+    except ImportError:  # nothing to compile
+        return
+    if sys.stderr.isatty() and not cached("float32"):
+        print("pagedkv: compiling kernels, once on this machine: half a minute", file=sys.stderr)
 
 
 def threads() -> dict[str, int | str | None]:

@@ -18,7 +18,7 @@ from pagedkv.cli.datasets import (
 from pagedkv.cli.flags import check_counts, engine_config, given, make_llm, sampling_params
 from pagedkv.cli.report import RunProgress, show
 from pagedkv.cli.results import (
-    check_writable,
+    check_outputs,
     latency_result,
     provenance,
     throughput_result,
@@ -38,7 +38,9 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     """Measure, show a table and write JSON; 1 if a request failed."""
-    check_writable(args.output_json)
+    check_outputs(
+        {"--output-json": args.output_json}, (getattr(args, "dataset_path", None), args.config)
+    )
     config = with_fields(engine_config(args), seed=args.seed)
     params = sampling_params(args, temperature=0.0)
     measure = _throughput if args.mode == "throughput" else _latency

@@ -45,11 +45,11 @@ def gather_prompts(arguments: list[str], path: str | None, stdin: TextIO) -> lis
 def read_prompts(path: str, stdin: TextIO | None = None) -> list[Prompt]:
     """Read a file of prompts, one a line; empty lines are passed over.
 
-    A line that begins with ``{`` is JSON with ``prompt``, ``prompt_token_ids`` or ``messages``;
-    any other line is itself the prompt.
+    A line that begins with ``{``, and every line of a file called .json or .jsonl, is JSON with
+    ``prompt``, ``prompt_token_ids`` or ``messages``; any other line is itself the prompt.
 
     Raises:
-        InvalidRequest: A line that begins with ``{`` is not such an object; names file and line.
+        InvalidRequest: A line is not such an object and should be; names file and line.
         ConfigError: The file cannot be read.
     """
     name = "standard input" if path == "-" else path
@@ -68,19 +68,20 @@ def _read(path: str, stdin: TextIO) -> str:
 
 
 def _parse(text: str, name: str) -> Iterator[Prompt]:
+    is_json = name.endswith((".json", ".jsonl"))
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
-        if line.startswith("{"):
+        if line.startswith("{") or (is_json and line.strip()):
             yield _object(line, f"{name}:{number}")
         elif line.strip():
             yield line
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    remedy = f"give a JSON object with one of {', '.join(_KEYS)}"
+    remedy = f"give a JSON object with one of {', '.join(_KEYS)}, in a line"
     try:
         prompt = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.DecodeError as fault:
+    except (msgspec.DecodeError, UnicodeEncodeError) as fault:
         raise InvalidRequest(f"not a JSON object: {fault}", where=where, remedy=remedy) from None
     if not any(key in prompt for key in _KEYS):
         raise InvalidRequest("an object without a prompt", where=where, remedy=remedy)

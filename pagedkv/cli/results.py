@@ -9,10 +9,11 @@ import numpy as np
 from pagedkv.cli.machine import machine, versions
 from pagedkv.config import EngineConfig
 from pagedkv.core.stats import SchedulerStats
-from pagedkv.files import check_writable, replacing
+from pagedkv.files import check_outputs, check_writable, replacing
 
 __all__ = [
     "SCHEMA_VERSION",
+    "check_outputs",
     "check_writable",
     "latency_result",
     "provenance",

@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pagedkv.cli.grid import expand
-from pagedkv.cli.results import SCHEMA_VERSION, check_writable, write_result
+from pagedkv.cli.results import SCHEMA_VERSION, check_outputs, write_result
 from pagedkv.cli.scenario import Run, one_run, rehearse, settled
+from pagedkv.cli.turns import InTurn
 from pagedkv.cli.workers import answers
 from pagedkv.cli.workloads import check_flags
 from pagedkv.errors import ConfigError, Unattainable
@@ -25,8 +26,10 @@ Point = tuple[dict[str, Any], argparse.Namespace]
 
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say and show it; 1 if a request failed, or a search found nothing."""
-    for path in (args.output_json, args.html, args.perfetto):
-        check_writable(path)
+    check_outputs(
+        {"--output-json": args.output_json, "--html": args.html, "--perfetto": args.perfetto},
+        (args.trace, args.cost_json, args.config),
+    )
     if args.calibrate:
         from pagedkv.cli.calibrate import calibrate
 
@@ -37,10 +40,8 @@ def run(args: argparse.Namespace) -> int:
         runs = _edges(points, out)
         bad = len(runs) < len(points)
     else:
-        runs = _all_runs(points, args.jobs)
+        runs = _all_runs(points, args.jobs, out)
         bad = any(each["summary"]["failed"] for each in runs)
-        for each in runs:
-            print(_line(each), file=out)
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "runs": [_slim(each) for each in runs],
@@ -74,7 +75,7 @@ def _slim(run: Run) -> Run:
     return {name: value for name, value in run.items() if name != "cdf"}
 
 
-def _edges(points: list[Point], out: Any) -> list[Run]:
+def _edges(points: list[Point], out: TextIO) -> list[Run]:
     """Search each point's edge and say it; return the runs there, of those that have one."""
     from pagedkv.cli.edge import check_search, edge
 
@@ -98,16 +99,38 @@ def _edges(points: list[Point], out: Any) -> list[Run]:
     return runs
 
 
-def _all_runs(points: list[Point], jobs: int | None) -> list[Run]:
+def _all_runs(points: list[Point], jobs: int | None, out: TextIO) -> list[Run]:
+    """Do the runs and print a line for each, in their order; those that are done when the rest is
+    interrupted as well.
+    """
     most = jobs or os.cpu_count() or 1
     if len(points) == 1:
-        return [one_run(*points[0], processes=most)]
+        run = one_run(*points[0], processes=most)
+        print(_line(run), file=out)
+        return [run]
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    def show(_: int, run: Run) -> None:
+        if out.isatty() and not hidden:  # above the bar
+            bar.console.print(_line(run), highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(_line(run), file=out, flush=True)
+
+    def done(number: int, run: Run) -> None:
+        bar.advance(task)
+        turns.add(number, run)
+
+    turns, hidden = InTurn(show), not sys.stderr.isatty()
+    with Progress(
+        console=Console(stderr=True), disable=hidden, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
         task = bar.add_task("simulating", total=len(points))
-        return answers(one_run, points, most, lambda: bar.advance(task))
+        try:
+            return answers(one_run, points, most, done)
+        except BaseException:
+            turns.show_rest()
+            raise
 
 
 def _line(run: Run) -> str:

@@ -17,7 +17,7 @@ from pagedkv.cli.flags import check_counts, engine_config, given, make_llm
 from pagedkv.cli.passages import Passage, Text
 from pagedkv.cli.quality import METRICS, Metric, compare
 from pagedkv.cli.quality_report import show_quality
-from pagedkv.cli.results import check_writable, provenance, write_result
+from pagedkv.cli.results import check_outputs, provenance, write_result
 from pagedkv.config import EngineConfig, with_fields
 from pagedkv.core.arrays import Float64
 from pagedkv.core.plan import StepOutput, StepPlan, StepResult
@@ -83,8 +83,8 @@ def cells(
 
 def run(args: argparse.Namespace) -> int:
     """Measure, show a table, write JSON and draw."""
-    check_writable(args.output_json)
-    check_writable(args.plot)
+    outputs = {"--output-json": args.output_json, "--plot": args.plot}
+    check_outputs(outputs, (args.text, args.config))
     check_counts(args, num_tokens=2, output_len=1, source_len=1, filler_len=1, chunk=1)
     check_counts(args, num_samples=1, offset=0)
     base = engine_config(args)

@@ -146,6 +146,8 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
+    if value is None:  # nothing was measured
+        return "-"
     if isinstance(value, float):
         return f"{value:,.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

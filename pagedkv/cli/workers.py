@@ -23,14 +23,14 @@ def answers(
     task: Callable[..., Answer],
     questions: Sequence[tuple[Any, ...]],
     most: int,
-    done: Callable[[], object],
+    done: Callable[[int, Answer], object],
 ) -> list[Answer]:
     """Return what ``task`` makes of each question, asked in at most so many processes.
 
     Whatever ends this early, an interrupt or the first task that raises, ends all of them at once.
 
     Args:
-        done: Called after every answer.
+        done: Is told of every answer when it comes, and of which question.
 
     Raises:
         WorkerLost: A process was killed.
@@ -46,8 +46,9 @@ def answers(
             while waiting:
                 ended, waiting = wait(waiting, _GLANCE, FIRST_COMPLETED)
                 for future in ended:
-                    found[futures[future]] = future.result()
-                    done()
+                    number = futures[future]
+                    found[number] = future.result()
+                    done(number, found[number])
                 interrupts.let_through()
         except BrokenProcessPool:
             raise WorkerLost(

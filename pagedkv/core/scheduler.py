@@ -4,7 +4,7 @@ from collections.abc import KeysView
 
 import numpy as np
 
-from pagedkv.config import EngineConfig, as_config, audit_enabled
+from pagedkv.config import EngineConfig, as_config
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
@@ -25,6 +25,7 @@ from pagedkv.core.stats import SchedulerStats, Totals
 from pagedkv.core.tenants import Tenants
 from pagedkv.core.tiers import HostTier
 from pagedkv.core.victims import Victim, last_admitted, least_urgent
+from pagedkv.environment import audit_enabled
 from pagedkv.errors import InvalidRequest, InvalidTransition, is_text, shown
 from pagedkv.events import KVEvent
 

@@ -1,6 +1,6 @@
 """An engine around a loaded model, for those who want its parts rather than an `LLM`."""
 
-from pagedkv.config import EngineConfig, audit_enabled
+from pagedkv.config import EngineConfig
 from pagedkv.core.engine import Engine
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.device.dispatch import choose_operator
@@ -9,6 +9,7 @@ from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.poison import Poison
 from pagedkv.device.sizing import fitted
 from pagedkv.device.store import KVStore, storage_dtype
+from pagedkv.environment import audit_enabled
 
 __all__ = ["assemble"]
 

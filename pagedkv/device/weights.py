@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from pagedkv.errors import CorruptModel, ModelNotFound
+from pagedkv.errors import ConfigError, CorruptModel, ModelNotFound
 
 __all__ = [
     "KNOWN_MODELS",
@@ -210,8 +210,7 @@ def _cached(
         return final
     if damage:
         _say(progress, f"{damage}: making it again")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(final.parent)
+    _make_room(final.parent)
     try:
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=_SCRATCH) as scratch:
             gguf = source(Path(scratch))
@@ -227,6 +226,25 @@ def _cached(
         remedy = f"it could not be made again ({error}); try later"
         raise CorruptModel(damage, where="model cache", remedy=remedy) from error
     return final
+
+
+def _make_room(directory: Path) -> None:
+    """Make the model cache's directory, if need be, and clear it of what others left half done.
+
+    Raises:
+        ConfigError: It cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as fault:
+        raise ConfigError(
+            f"the model cache cannot be written: {fault.strerror or fault}",
+            where=str(directory),
+            remedy="set PAGEDKV_CACHE_DIR to a directory with room for the model",
+        ) from None
+    _sweep(directory)
 
 
 def _sweep(directory: Path) -> None:

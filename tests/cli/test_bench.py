@@ -82,7 +82,7 @@ def test_more_prefixes_than_prompts_are_refused():
 
 
 def test_custom_requests_are_the_first_of_the_file(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+    path = tmp_path / "prompts.txt"
     path.write_text('{"prompt": "a", "output_len": 3}\nb\n{"prompt_token_ids": [1]}\nc\n')
     requests = datasets.custom_requests(str(path), 3, output_len=9)
     assert [(r.prompt, r.output_len) for r in requests] == [("a", 3), ("b", 9), ([1], 9)]

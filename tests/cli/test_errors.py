@@ -12,6 +12,14 @@ TINY = ("--model", "tiny-random")
 MISTAKES = {
     "a flag with a typo": (["generate", "--max-token", "3", "a"], "did you mean --max-tokens?"),
     "a verb with a typo": (["generat", "a"], "invalid choice: 'generat'"),
+    "a flag of vLLM's": (
+        ["generate", "--gpu-memory-utilization=0.9", "a"],
+        "did you mean --kv-cache-memory-fraction?",
+    ),
+    "a wrong one of several": (
+        ["simulate", "--reclaim", "lru,lfv"],
+        "invalid choice: 'lfv'; did you mean lfu?",
+    ),
     "one argument too many": (["env", "now"], "'now' is one argument too many"),
     "text for a number": (["generate", "--temperature", "hot", "a"], "'hot' is not a number"),
     "text for a count": (["generate", "--n", "two", "a"], "'two' is not a whole number"),
@@ -20,7 +28,10 @@ MISTAKES = {
     "infinity": (["generate", "--top-p", "inf", "a"], "top_p is inf"),
     "out of range": (["generate", "--top-p", "1.5", "a"], "sampling.top_p"),
     "an empty stop": (["generate", "--stop", "", "a"], "an empty stop string"),
-    "a block of nothing": (["generate", "--block-size", "0", "a"], "cache.block_size"),
+    "a block of nothing": (
+        ["generate", "--block-size", "0", "a"],
+        "cache.block_size: Expected `int` >= 1; it is 0",
+    ),
     "two sizes": (
         ["config", "show", "--num-blocks", "8", "--kv-cache-memory-bytes", "1GiB"],
         "both given",

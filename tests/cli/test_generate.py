@@ -24,7 +24,7 @@ def asked(monkeypatch):
     calls = []
 
     class Stub:
-        def generate(self, prompts, params, **options):
+        def stream(self, prompts, params):
             calls.append((prompts, params))
             return []
 
@@ -147,6 +147,18 @@ def test_a_file_of_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("grüße\r\n\n  indented\n".encode())
     assert read_prompts(str(path)) == ["grüße", "  indented"]
+
+
+@pytest.mark.parametrize("line", ['[{"conversations": []}]', "[1]", "half {", '"text"'])
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_a_json_file_holds_objects_alone(tmp_path, name, line):
+    """What a data set of another shape holds is no prompt."""
+    path = tmp_path / name
+    path.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    with pytest.raises(InvalidRequest, match=rf"{name}:3: not a JSON object"):
+        read_prompts(str(path))
+    path.with_suffix(".txt").write_text(line)
+    assert read_prompts(str(path.with_suffix(".txt"))) == [line]
 
 
 def test_a_terminal_is_not_waited_for(tmp_path):

@@ -67,6 +67,25 @@ def test_looking_whether_a_file_can_be_written_leaves_all_as_it_is(tmp_path):
         check_writable(tmp_path / "nowhere" / "file")
 
 
+def test_a_result_takes_the_place_of_nothing_that_is_read_or_written(refused, tmp_path):
+    trace, both = tmp_path / "trace.jsonl", tmp_path / "both"
+    row = {"timestamp": 0, "input_length": 30, "output_length": 4, "hash_ids": [0]}
+    trace.write_text(json.dumps(row) + "\n")
+    read = refused("simulate", "--trace", trace, "--output-json", tmp_path / "." / "trace.jsonl")
+    assert read.startswith("pagedkv: error: --output-json: ")
+    assert "trace.jsonl is read as well; give each a file of its own" in read
+    assert json.loads(trace.read_text()) == row
+    twice = refused(*SMALL, "--html", both, "--perfetto", both)
+    assert f"--perfetto: {both} is what --html writes as well" in twice
+    asked = refused("bench", "throughput", "--dataset-path", trace, "--output-json", trace)
+    assert "is read as well" in asked
+    assert sorted(tmp_path.iterdir()) == [trace]
+
+
+def test_many_results_may_go_nowhere(cli):
+    assert cli(*SMALL, "--html", os.devnull, "--output-json", os.devnull).code == 0
+
+
 def said(outcome):
     """What a command that failed for want of room says, in one line."""
     code, _, err = outcome

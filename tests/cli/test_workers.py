@@ -40,18 +40,24 @@ def refuse(number):
 
 def test_answers_come_in_the_order_of_questions():
     told = []
-    assert answers(double, [(i,) for i in range(5)], 2, lambda: told.append(1)) == [0, 2, 4, 6, 8]
-    assert len(told) == 5
+    assert answers(double, [(i,) for i in range(5)], 2, lambda *each: told.append(each)) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]
+    assert sorted(told) == [(i, 2 * i) for i in range(5)]
 
 
 def test_a_process_that_is_killed_is_a_typed_error():
     with pytest.raises(WorkerLost, match="killed before it had answered"):
-        answers(die, [(0,), (1,)], 2, lambda: None)
+        answers(die, [(0,), (1,)], 2, lambda *_: None)
 
 
 def test_the_first_that_raises_ends_the_others():
     with pytest.raises(ValueError, match="the second"):
-        answers(refuse, [(i,) for i in range(4)], 2, lambda: None)
+        answers(refuse, [(i,) for i in range(4)], 2, lambda *_: None)
     until(lambda: not multiprocessing.active_children())
 
 
@@ -75,7 +81,7 @@ def test_an_interrupt_waits_until_the_pool_has_started_or_ended(monkeypatch, nam
 
     monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        answers(double, [(i,) for i in range(5)], 2, lambda: None)
+        answers(double, [(i,) for i in range(5)], 2, lambda *_: None)
     until(lambda: not multiprocessing.active_children())
 
 
@@ -92,7 +98,7 @@ def test_an_interrupt_while_answers_are_waited_for_ends_the_sweep(monkeypatch):
 
     monkeypatch.setattr("pagedkv.cli.workers.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        answers(refuse, [(i,) for i in range(2, 6)], 2, lambda: None)
+        answers(refuse, [(i,) for i in range(2, 6)], 2, lambda *_: None)
     until(lambda: not multiprocessing.active_children())
 
 
@@ -104,7 +110,7 @@ def test_an_interrupt_is_told_though_the_pool_breaks(monkeypatch):
 
     monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", broken)
     with pytest.raises(KeyboardInterrupt):
-        answers(double, [(1,)], 1, lambda: None)
+        answers(double, [(1,)], 1, lambda *_: None)
 
 
 def members(group):

@@ -20,7 +20,7 @@ from pagedkv.device.conversion import read_gguf_header
 from pagedkv.device.loaded import LoadedModel
 from pagedkv.device.models import load_model
 from pagedkv.device.tiny import TINY_MODELS
-from pagedkv.errors import CorruptModel, ModelNotFound, UnsupportedBackend
+from pagedkv.errors import ConfigError, CorruptModel, ModelNotFound, UnsupportedBackend
 
 from .reference import greedy, reference_logits, reference_model
 
@@ -260,6 +260,18 @@ def test_gguf_that_cannot_be_served(
         load_model(str(path), progress=False)
     assert caught.value.where == str(path)
     assert list((cache / "models").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PAGEDKV_CACHE_DIR", str(tmp_path / "file"))
+    path = tmp_path / "other.gguf"
+    write_gguf(path, small_llama())
+    with pytest.raises(ConfigError, match="model cache cannot be written: Not a dir") as caught:
+        load_model(str(path), progress=False)
+    assert "set PAGEDKV_CACHE_DIR" in caught.value.remedy
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
