@@ -15,6 +15,7 @@ from importlib.metadata import version
 import numpy as np
 import numpy.typing as npt
 import torch
+from reading import Reader
 
 from pagedkv.device import memory
 from pagedkv.device.operators import CpuPagedOp, PagedBias, paged_attention
@@ -146,7 +147,7 @@ def contenders(s: Setup) -> dict[str, Callable[[], object]]:
     group = s.shape.heads // s.shape.kv_heads
     folded_mask = None if mask is None else mask.repeat(group, 1)
     attention = torch.nn.functional.scaled_dot_product_attention
-    blocks = torch.from_numpy(s.table.astype(np.int64).ravel())
+    blocks, read = torch.from_numpy(s.table.astype(np.int64).ravel()), Reader()
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
         taken = cache.index_select(0, blocks).view(s.shape.batch, -1, *cache.shape[2:])
@@ -169,6 +170,7 @@ def contenders(s: Setup) -> dict[str, Callable[[], object]]:
             s.dense, lambda kv: attention(plain, *kv, attn_mask=mask, enable_gqa=True)
         ),
         "plain read": over(s.paged, lambda kv: [x.view(torch.float32).sum() for x in kv]),
+        "bare read": over(s.paged, lambda kv: [read(x) for x in kv]),
         "gather+dense": over(s.paged, lambda kv: dense((gather(kv[0]), gather(kv[1])))),
     }
     if mask is not None:

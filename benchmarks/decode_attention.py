@@ -17,6 +17,7 @@ rounds' ratios, so that a slow second falls on both sides: read these. The conte
 - torch gqa: the same call on queries as a model brings them, with enable_gqa=True;
 - torch unmasked: torch dense without the causal mask, where there is one: another result, sooner;
 - plain read: torch sums every key and value once, a bound from memory bandwidth;
+- bare read: as fast as this machine was seen to read them (`reading.py`); what no operator passes;
 - gather+dense: index_select the blocks into a contiguous cache, then torch dense.
 
 All caches lie in huge pages, as the engine's do; `--pages small` shows what that is worth.
@@ -98,16 +99,17 @@ def record(
 
 def decode(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Print a line for each shape of decode; yield the records."""
-    print(f"\n{'decode':20}{'kernel':>10}{'int8':>10}{'dense':>10}{'read':>10} ms", end="")
-    print(f"{'of dense':>10}{'of read':>9}{'int8':>7}\n{'  goals':63}", end="")
+    titles = ("kernel", "int8", "dense", "read", "bare")
+    print(f"\n{'decode':20}" + "".join(f"{title:>10}" for title in titles), end=" ms")
+    print(f"{'of dense':>10}{'of read':>9}{'int8':>7}{'bare of dense':>15}\n{'  goals':73}", end="")
     print(f"{GOALS['torch dense']:9.2f}x{GOALS['plain read']:9.0%}{GOALS['int8']:6.2f}x")
-    names = ("kernel+lse", "int8+lse", "torch dense", "plain read")
+    names = ("kernel+lse", "int8+lse", "torch dense", "plain read", "bare read")
     for name, shape in DECODE.items():
         times, found = record(args, shape, names)
-        ours, packed, dense, read = (times[name] for name in names)
+        ours, packed, dense, read, bare = (times[name] for name in names)
         print(name.ljust(20) + "".join(f"{ms(times[name]):10.2f}" for name in names), end="   ")
         print(f"{ratio(dense, ours):9.2f}x{ratio(read, ours):9.0%}", end="")
-        print(f"{ratio(ours, packed):6.2f}x", flush=True)
+        print(f"{ratio(ours, packed):6.2f}x{ratio(dense, bare):14.2f}x", flush=True)
         yield found
 
 

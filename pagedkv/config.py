@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from pagedkv.environment import OTHER_VARIABLES
+from pagedkv.environment import OTHER_VARIABLES, audit_enabled
 from pagedkv.errors import ConfigError, PagedKVError, closest, shown
 
 __all__ = [
@@ -266,11 +266,12 @@ def load_config(
 
 
 def check_environment() -> None:
-    """Refuse variables that begin as ours do and mean nothing.
+    """Refuse variables that begin as ours do and mean nothing, or nothing that they may.
 
     Raises:
         ConfigError: It names the first of them.
     """
+    audit_enabled()
     for _ in _variables(os.environ):
         pass
 

@@ -84,6 +84,7 @@ def _throughput(
 
 def _dataset(args: argparse.Namespace) -> Callable[[int], list[BenchRequest]]:
     """Return what makes the requests once the vocabulary is known; files are read now."""
+    check_counts(args, num_prompts=1, input_len=1, output_len=1, prefix_len=0, suffix_len=1)
     name = args.dataset_name or ("custom" if args.dataset_path else "random")
     if (name == "custom") != bool(args.dataset_path):
         raise ConfigError(
