@@ -13,6 +13,7 @@ from pagedkv.core.table import SequenceTable
 __all__ = ["Batch"]
 
 NOBODY: Int64 = np.empty(0, np.int64)
+FIRST, ALL = slice(1), slice(None)
 
 
 class Batch:
@@ -79,7 +80,9 @@ class Batch:
     @property
     def groups(self) -> slice:
         """The groups whose tables' lengths tell those of all: the first alone if they are alike."""
-        return slice(None) if np.count_nonzero(self.table.ragged[self.at]) else slice(1)
+        table = self.table
+        alike = table.num_groups == 1 or not np.count_nonzero(table.ragged[self.at])
+        return FIRST if alike else ALL
 
     # Where each row's tokens lie among the T of the step
 

@@ -242,11 +242,13 @@ class SequenceTable:
             return
         # Flat indices: looking up by group, row and entry takes several times as long.
         where = np.flatnonzero(counts != 0)
-        if len(counts) == self.num_groups > 1:
+        if self.num_groups == 1:
+            table: Int64 = rows[where].astype(np.int64)  # entries may be more than 2**31
+        elif len(counts) == 1:
+            table = self.tables_of(rows[where])
+        else:
             group, member = np.divmod(where, len(rows))
             table = group * self.num_rows + rows[member]
-        else:
-            table = self.tables_of(rows[where])
         index = self.num_blocks.ravel()[table]
         if len(ids) > len(table):  # some gain more than one
             many = np.resize(counts.ravel()[where], len(table))
