@@ -129,15 +129,13 @@ def _whole(llm: "LLM", prompts: list[Any], params: SamplingParams, *, as_json: b
     quiet = len(prompts) == 1 or sys.stdout.isatty() or not sys.stderr.isatty()
     with tqdm(total=len(prompts), disable=quiet, unit="request") as bar:
         try:
-            for output in llm.stream(prompts, params):
-                if output.finished:
-                    done.append(output)
-                    turns.add(int(output.request_id), output)  # this LLM numbered nothing else
-                    bar.update()
-        except KeyboardInterrupt:
+            for output in llm.stream(prompts, params, whole=True):
+                done.append(output)
+                turns.add(int(output.request_id), output)  # this LLM numbered nothing else
+                bar.update()
+        finally:
             turns.show_rest()
-            raise
-    return _report_failures(done)
+    return _report_failures(sorted(done, key=lambda output: int(output.request_id)))
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pagedkv.config import EngineConfig
 from pagedkv.core.arrays import Bool, Int32, Int64
-from pagedkv.core.bounds import most_again
+from pagedkv.core.bounds import least_again, most_again
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import UNBOUNDED, Request, Sequence
 from pagedkv.core.table import FREE
@@ -147,7 +147,8 @@ class Admission:
 
     def has_outgrown(self, seq: Sequence) -> bool:
         """Return whether a waiting sequence has come to need more than it could ever get."""
-        return self._known(seq) > self._tenants.most_blocks(seq.request.tenant)
+        least = least_again(seq, self._manager.num_groups, self._manager.block_size)
+        return min(self._known(seq), least) > self._tenants.most_blocks(seq.request.tenant)
 
     def within_quota(self, seq: Sequence) -> bool:
         """Return whether a sequence's tenant may hold the blocks that admission reserves for it.
@@ -249,6 +250,8 @@ class Admission:
         else:
             now = self._manager.missing_blocks(seq, hits) + self._own_blocks(seq)
             now = min(now, most_again(seq, groups, size))
+            if seq.num_preemptions:  # it has not outgrown all that there is, so that is enough
+                now = min(now, self._tenants.most_blocks(seq.request.tenant))
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
         most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1

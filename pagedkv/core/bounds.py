@@ -6,7 +6,7 @@ from pagedkv.config import ModelConfig
 from pagedkv.core.request import UNBOUNDED, Request, Sequence
 from pagedkv.eviction import Policy, lookback
 
-__all__ = ["foreseeable", "most_again", "most_blocks", "usable_prefix"]
+__all__ = ["foreseeable", "least_again", "most_again", "most_blocks", "usable_prefix"]
 
 
 def most_blocks(policy: Policy, block_size: int, windows: Many[int]) -> int:
@@ -40,6 +40,15 @@ def most_again(seq: Sequence, num_groups: int, block_size: int) -> int:
     """
     prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
     return max(seq.held + num_groups * len(seq.group), num_groups * prompt)
+
+
+def least_again(seq: Sequence, num_groups: int, block_size: int) -> int:
+    """Return with how many blocks, over all tables, a preempted sequence can go on if it is alone.
+
+    It had got as far with no more: whatever it holds on its way, it held then.
+    """
+    prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
+    return max(seq.next_held, num_groups * prompt)
 
 
 def usable_prefix(policy: Policy, block_size: int) -> int:

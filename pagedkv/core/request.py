@@ -261,6 +261,7 @@ class Sequence:
         saved: Its scores at the last preemption, if it was evicting.
         held: The blocks, over all tables, that it and all that moves with it held when it was
             preempted with all its tokens computed.
+        next_held: Those, and what the step that was to come would have added.
         num_computed: The tokens that were computed when it last left its row.
         cumulative: Its log-probability as of then, if its request ranks by that.
         num_scored: The most that were ever computed when it left: the prompt tokens up to there
@@ -279,6 +280,7 @@ class Sequence:
         "max_blocks",
         "max_len",
         "max_prefix",
+        "next_held",
         "num_cached_tokens",
         "num_computed",
         "num_passed",
@@ -324,6 +326,7 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.num_cached_tokens = 0
         self.held = UNBOUNDED
+        self.next_held = UNBOUNDED
         self.num_computed = 0
         self.num_preemptions = 0
         self.num_scored = 0

@@ -170,8 +170,12 @@ class Roster:
     def _note_held(self, leader: Sequence, started: list[Sequence]) -> None:
         """Remember how many blocks a party held, if it had computed all that it knew."""
         table, rows = self._table, np.array([member.row for member in started], np.int32)
-        if (table.num_known[rows] - table.num_computed[rows] <= 1).all():
-            leader.held = int(table.num_blocks[:, rows].sum())
+        left = table.num_known[rows] - table.num_computed[rows]
+        if (left <= 1).all():
+            held = table.num_blocks[:, rows]
+            leader.held = int(held.sum())
+            then = -(-(table.num_resident[:, rows] + left) // table.block_size)
+            leader.next_held = int(np.maximum(held, then).sum())
             if self._retention.slides:  # what is found is held until it slides
                 groups, size = table.num_groups, table.block_size
                 found = most_again(leader, groups, size) // groups - 1

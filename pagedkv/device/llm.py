@@ -142,29 +142,33 @@ class LLM:
         priority: int | Many[int] | None = None,
         tenant: str | Many[str] | None = None,
         eviction: str | Policy | None = None,
+        whole: bool = False,
     ) -> Iterator[RequestOutput]:
         """Serve all prompts and yield each request whenever it has new tokens; see `generate`.
 
         An output holds everything generated so far; the last one of a request is ``finished``, and
         the only one where ``best_of`` or a beam search chooses. Closing early aborts what is left.
 
+        Args:
+            whole: Yield each request but once, when it has ended.
+
         Raises:
             InvalidRequest, NeverFits: A prompt cannot be served; then none of them runs.
         """
         order = self._add_all(
-            as_prompts(prompts), sampling_params, priority, tenant, eviction, streams=True
+            as_prompts(prompts), sampling_params, priority, tenant, eviction, streams=not whole
         )
-        outputs = self._stream(order)
+        outputs = self._stream(order, streams=not whole)
         next(outputs)  # a generator that never began would not notice being closed
         return outputs  # type: ignore[return-value]
 
-    def _stream(self, order: list[str]) -> Iterator[RequestOutput | None]:
+    def _stream(self, order: list[str], *, streams: bool) -> Iterator[RequestOutput | None]:
         """Yield None once, queued but not begun, then outputs."""
         begun = False
         try:
             yield None
             begun = True
-            for partial, finished in self._run(order, streams=True):
+            for partial, finished in self._run(order, streams=streams):
                 yield from partial
                 yield from finished
         finally:
@@ -221,7 +225,7 @@ class LLM:
         finished = self._collector.finish(ends)
         if any(end.cumulative_logprob is not None for end in ends):
             finished = [_unchosen(output) for output in finished]
-        self._keep(finished)
+        self._done.update((each.request_id, each) for each in finished)
 
     def chat(
         self,
@@ -347,7 +351,7 @@ class LLM:
         for seq_id, string in self._collector.observe(plan, result, output):
             if seq_id not in ended:
                 ends += self.scheduler.stop(seq_id, string)
-        self._keep(self._collector.finish(ends))
+        self._done.update((each.request_id, each) for each in self._collector.finish(ends))
 
     def _check_in_work(self, request_ids: set[str]) -> None:
         """Refuse to wait for what will never come.
@@ -373,9 +377,6 @@ class LLM:
                 self.scheduler.abort(request_id)
             self._collector.forget(request_id)
             self._done.pop(request_id, None)
-
-    def _keep(self, finished: list[RequestOutput]) -> None:
-        self._done.update((output.request_id, output) for output in finished)
 
 
 def _unchosen(output: RequestOutput) -> RequestOutput:

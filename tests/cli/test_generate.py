@@ -24,7 +24,7 @@ def asked(monkeypatch):
     calls = []
 
     class Stub:
-        def stream(self, prompts, params):
+        def stream(self, prompts, params, *, whole):
             calls.append((prompts, params))
             return []
 

@@ -134,10 +134,10 @@ def test_hits_on_blocks_in_use_cost_nothing():
 
 
 def test_one_that_was_preempted_waits_until_the_others_can_grow():
-    """Without it the pair would push each other out at every block boundary."""
-    config = make_config(4, 12, prefix_caching=False)
+    """Without it they would push each other out ten times, not seven."""
+    config = make_config(4, 16, prefix_caching=False)
     service = Service(config).add(
-        *(make_request(f"r{i}", [i] * 7, max_tokens=30) for i in range(3))
+        *(make_request(f"r{i}", [i] * 3, max_tokens=30) for i in range(8))
     )
     service.run()
-    assert service.stats.num_preemptions <= 4
+    assert 0 < service.stats.num_preemptions <= 8

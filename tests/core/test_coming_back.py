@@ -1,10 +1,12 @@
 """Who was pushed back comes back, though on its way it held more than when it went."""
 
+import msgspec
 import pytest
 
 from pagedkv import CacheConfig, EngineConfig, ModelConfig, Request, SamplingParams, SchedulerConfig
 
 from .answers import Service
+from .fakes import make_config, make_request
 
 SIZE = 16
 BOUNDED = {
@@ -63,6 +65,37 @@ def test_a_bounded_sequence_comes_back_into_a_tight_pool(bounded, granularity, n
     ends = service.finished.values()
     assert [end.finish_reason for end in ends] == ["length"] * 4
     assert service.finished["low", 0].num_preemptions > 0
+
+
+WHOLE_POOL = {  # the fewest blocks that each policy gets along with
+    "adaptive": ("sinks=4 + recent=4 + score=lift + adaptive=16..40", 5),
+    "by the chunk": ("sinks=4 + recent=8 + budget=12 + chunk=8", 4),
+    "by score": ("sinks=4 + recent=4 + score=lift + budget=16", 5),
+    "by the part": ("budget=24 + lowest=0.3", 7),
+}
+
+
+@pytest.mark.parametrize("pushed_back_by", ["a discarded plan", "an urgent request"])
+@pytest.mark.parametrize("name", WHOLE_POOL)
+def test_one_that_needs_the_whole_pool_comes_back_whenever_it_was_pushed_back(name, pushed_back_by):
+    eviction, num_blocks = WHOLE_POOL[name]
+    configured = make_config(4, num_blocks, scheduling_policy="priority")
+    low = msgspec.structs.replace(
+        make_request("low", [7] * 8, max_tokens=80), eviction=eviction, priority=5
+    )
+    alone = Service(configured).add(low).run().finished["low", 0]
+    assert alone.finish_reason == "length"
+    for steps in range(1, 80, 3):
+        service = Service(configured).add(low)
+        for _ in range(steps):
+            service.step()
+        if pushed_back_by == "a discarded plan":
+            service.scheduler.discard(service.scheduler.schedule())
+        else:
+            service.add(make_request("urgent", [3] * 8, max_tokens=4))
+        end = service.run().finished["low", 0]
+        assert (end.finish_reason, end.token_ids) == ("length", alone.token_ids)
+        assert end.num_preemptions > 0 or pushed_back_by == "an urgent request"
 
 
 def test_a_window_is_computed_again_in_steps_no_wider_than_it_was_held():
