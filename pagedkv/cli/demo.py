@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.cli.dashboard import WIDTH, dashboard
-from pagedkv.cli.machine import idle_cores, tell_of_waits
+from pagedkv.cli.machine import idle_cores, tell_of_compiling
 from pagedkv.cli.users import User, make_users
 from pagedkv.config import CacheConfig, EngineConfig, SchedulerConfig
 from pagedkv.errors import ConfigError
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from pagedkv.device.models import load_model
 
     torch.set_num_threads(min(num_threads, torch.get_num_threads()))
-    tell_of_waits(0.0)  # its threads are few enough
+    tell_of_compiling()
     loaded = load_model(args.model)
     prompts = [encode(loaded, user.messages) for user in users]
     config = _config(args, users, prompts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pagedkv.cli.machine import busy_cores, tell_of_waits
+from pagedkv.cli.machine import busy_cores, tell_of_compiling, tell_of_neighbours
 from pagedkv.config import EngineConfig, load_config
 from pagedkv.core.request import SamplingParams
 from pagedkv.errors import ConfigError
@@ -270,7 +270,9 @@ def make_llm(args: argparse.Namespace, config: EngineConfig) -> "LLM":
     busy = busy_cores()  # before loading adds to it
     from pagedkv.device.llm import LLM
 
-    tell_of_waits(busy)
+    if args.device == "cpu":
+        tell_of_neighbours(busy)
+        tell_of_compiling()
     # Asked for by flag, the length may exceed what the model was trained on.
     longer = given(args, "model").get("max_model_len")
     return LLM(

@@ -15,7 +15,8 @@ __all__ = [
     "idle_cores",
     "machine",
     "simd",
-    "tell_of_waits",
+    "tell_of_compiling",
+    "tell_of_neighbours",
     "threads",
     "versions",
 ]
@@ -131,8 +132,8 @@ def busy_cores(seconds: float = 0.1) -> float:
     return (1 - (idle_after - idle_before) / passed) * (os.cpu_count() or 1)
 
 
-def tell_of_waits(busy: float) -> None:
-    """Say on standard error what will make all steps slow, or the first.
+def tell_of_neighbours(busy: float) -> None:
+    """Say on standard error that others leave torch's threads too few processors, if they do.
 
     Args:
         busy: What `busy_cores` found before torch, which is there now, was loaded.
@@ -145,6 +146,10 @@ def tell_of_waits(busy: float) -> None:
             "OMP_NUM_THREADS=1",
             file=sys.stderr,
         )
+
+
+def tell_of_compiling() -> None:
+    """Say on a terminal that kernels are compiled now, if they are not on disk yet."""
     try:
         from pagedkv.device.cpu.kernel import cached
     except ImportError:  # nothing to compile

@@ -38,8 +38,8 @@ def most_again(seq: Sequence, num_groups: int, block_size: int) -> int:
     and what slid out of its windows will have slid, for it takes no larger steps
     (`Retention.limit`). `UNBOUNDED` and more if that is not known.
     """
-    prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
-    return max(seq.held + num_groups * len(seq.group), num_groups * prompt)
+    prompt = _prompt_blocks(seq, num_groups, block_size)
+    return max(seq.held + num_groups * len(seq.group), prompt)
 
 
 def least_again(seq: Sequence, num_groups: int, block_size: int) -> int:
@@ -47,8 +47,12 @@ def least_again(seq: Sequence, num_groups: int, block_size: int) -> int:
 
     It had got as far with no more: whatever it holds on its way, it held then.
     """
-    prompt = min(-(-seq.num_prompt // block_size), seq.max_blocks)
-    return max(seq.next_held, num_groups * prompt)
+    return max(seq.next_held, _prompt_blocks(seq, num_groups, block_size))
+
+
+def _prompt_blocks(seq: Sequence, num_groups: int, block_size: int) -> int:
+    """Return the most blocks, over all tables, that a sequence holds for its prompt."""
+    return num_groups * min(-(-seq.num_prompt // block_size), seq.max_blocks)
 
 
 def usable_prefix(policy: Policy, block_size: int) -> int:

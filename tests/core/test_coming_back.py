@@ -85,6 +85,7 @@ def test_one_that_needs_the_whole_pool_comes_back_whenever_it_was_pushed_back(na
     )
     alone = Service(configured).add(low).run().finished["low", 0]
     assert alone.finish_reason == "length"
+    preemptions = 0
     for steps in range(1, 80, 3):
         service = Service(configured).add(low)
         for _ in range(steps):
@@ -95,7 +96,8 @@ def test_one_that_needs_the_whole_pool_comes_back_whenever_it_was_pushed_back(na
             service.add(make_request("urgent", [3] * 8, max_tokens=4))
         end = service.run().finished["low", 0]
         assert (end.finish_reason, end.token_ids) == ("length", alone.token_ids)
-        assert end.num_preemptions > 0 or pushed_back_by == "an urgent request"
+        preemptions += end.num_preemptions
+    assert preemptions > 20
 
 
 def test_a_window_is_computed_again_in_steps_no_wider_than_it_was_held():
