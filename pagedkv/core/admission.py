@@ -19,7 +19,7 @@ from pagedkv.core.tenants import NO_QUOTA, Tenants
 from pagedkv.errors import InvalidRequest, NeverFits
 from pagedkv.eviction import Policy
 
-__all__ = ["Admission", "footprint", "reserved_ratio"]
+__all__ = ["Admission", "decayed", "footprint", "length_limit", "reserved_ratio"]
 
 NO_HITS = np.empty(0, np.int32)
 FIRST_RATIO = 0.7
@@ -69,11 +69,23 @@ def reserved_ratio(num_generated: Int32, num_left: Int32) -> float:
     return min(1.0, done / (total + 1))
 
 
+def decayed(ratio: float) -> float:
+    """Return the share after a step without a preemption."""
+    return max(LEAST_RATIO, ratio - (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS)
+
+
+def length_limit(request: Request, num_prompt: int, max_len: int) -> int:
+    """Return the number of known tokens at which a request's sequences end."""
+    most = request.sampling.max_tokens
+    return max_len if most is None else min(num_prompt + most, max_len)
+
+
 class Admission:
     """The rules of admission over one pool; reads the state and changes nothing but its ratio.
 
     Attributes:
         ratio: The share that ``optimistic`` reserves.
+        reserve: The function of `RESERVES` that is configured.
     """
 
     def __init__(self, config: EngineConfig, manager: BlockManager, tenants: Tenants) -> None:
@@ -81,7 +93,7 @@ class Admission:
         self._manager = manager
         self._table = manager.table
         self._tenants = tenants
-        self._reserve = RESERVES[config.scheduler.admission]
+        self.reserve = RESERVES[config.scheduler.admission]
         self._guaranteed = config.scheduler.admission == "guaranteed"
         self.ratio = FIRST_RATIO
 
@@ -122,7 +134,7 @@ class Admission:
         self._check_vocabulary(request)
         size, what, need = self._manager.block_size, "prompt", self._blocks(num_prompt, max_blocks)
         if self._guaranteed:
-            most = _limit(request, num_prompt, max_len) - 1
+            most = length_limit(request, num_prompt, max_len) - 1
             what, need = "request", self._blocks(most, max_blocks) * width
         if need > self._tenants.most_blocks(request.tenant):
             owner, remedy = self._tenants.bound(request.tenant)
@@ -166,9 +178,9 @@ class Admission:
         held = self._manager.num_distinct(rows) + self._manager.pledged_blocks(running)
         most = footprint(table.limit[rows] - 1, table.max_blocks[rows], self._manager.block_size)
         now = held + self._known(seq)
-        ever = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
+        ever = length_limit(seq.request, seq.num_prompt, seq.max_len) - 1
         own = self._blocks(ever, seq.max_blocks) * len(seq.group)
-        return self._reserve(now, int(most.sum()) * groups + own, self.ratio) <= quota
+        return self.reserve(now, int(most.sum()) * groups + own, self.ratio) <= quota
 
     def can_admit(self, seq: Sequence, hits: Int32) -> bool:
         """Return whether a sequence fits beside what running ones have reserved.
@@ -186,8 +198,8 @@ class Admission:
         if seq.num_preemptions:
             spare += len(self._table.running) * self._manager.num_groups
         theirs = self.reserved()
-        need = self._reserve(mine.now, mine.ever, self.ratio)
-        return need + self._reserve(theirs.now, theirs.ever, self.ratio) + spare <= available
+        need = self.reserve(mine.now, mine.ever, self.ratio)
+        return need + self.reserve(theirs.now, theirs.ever, self.ratio) + spare <= available
 
     def over_quota(self) -> tuple[int, Int32]:
         """Return by how many blocks a tenant's running sequences exceed its quota, and their rows.
@@ -216,7 +228,7 @@ class Admission:
         spare = int(self._config.scheduler.watermark * self._manager.pool.num_blocks)
         if seq.num_preemptions:
             spare += running * self._manager.num_groups
-        need = self._reserve(mine.now, mine.ever, self.ratio) + spare
+        need = self.reserve(mine.now, mine.ever, self.ratio) + spare
         owned = np.append(0, np.cumsum(self._kept_alone(rows)))
 
         def fits(count: int) -> bool:
@@ -224,7 +236,7 @@ class Admission:
             if count == running:
                 return mine.now <= available
             theirs = self.reserved(without=rows[:count])
-            return need + self._reserve(theirs.now, theirs.ever, self.ratio) <= available
+            return need + self.reserve(theirs.now, theirs.ever, self.ratio) <= available
 
         counts = range(max(1, len(seq.group) - len(self._table.free_rows)), len(rows) + 1)
         at = bisect_left(counts, True, key=fits)
@@ -254,7 +266,7 @@ class Admission:
                 now = min(now, self._tenants.most_blocks(seq.request.tenant))
         if self._config.scheduler.admission == "greedy":
             return Need(now, now)
-        most = _limit(seq.request, seq.num_prompt, seq.max_len) - 1
+        most = length_limit(seq.request, seq.num_prompt, seq.max_len) - 1
         ever = self._blocks(most, seq.max_blocks)
         own = ever * len(seq.group)
         if not (seq.policy.evicts or len(hits) == 0 or self._table.evicts.any()):
@@ -335,7 +347,7 @@ class Admission:
 
     def step(self) -> None:
         """A step passed without a preemption."""
-        self.ratio = max(LEAST_RATIO, self.ratio - (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS)
+        self.ratio = decayed(self.ratio)
 
     def preempted(self) -> None:
         """A sequence was preempted: estimate anew how far the running ones will go."""
@@ -348,8 +360,3 @@ class Admission:
         per_table = min(-(-num_tokens // self._manager.block_size), max_blocks)
         return per_table * self._manager.num_groups
 
-
-def _limit(request: Request, num_prompt: int, max_len: int) -> int:
-    """Return the number of known tokens at which a request's sequences end."""
-    most = request.sampling.max_tokens
-    return max_len if most is None else min(num_prompt + most, max_len)

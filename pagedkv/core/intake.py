@@ -7,7 +7,7 @@ from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Int32
 from pagedkv.core.batch import Batch
 from pagedkv.core.beams import NO_BEAM
-from pagedkv.core.bounds import most_blocks, usable_prefix
+from pagedkv.core.bounds import foreseeable, most_blocks, usable_prefix
 from pagedkv.core.positions import place
 from pagedkv.core.pressure import Pressure
 from pagedkv.core.prompt import prompt_array
@@ -15,9 +15,12 @@ from pagedkv.core.queues import urgency
 from pagedkv.core.request import Request, Sequence
 from pagedkv.core.retention import Retention
 from pagedkv.core.roster import Roster
+from pagedkv.core.tenants import Tenants
+from pagedkv.errors import InvalidRequest, shown
 
 __all__ = ["Intake"]
 
+NOT_YET = -1
 NOBODY = np.empty(0, np.int32), np.empty(0, np.int32)
 
 
@@ -31,8 +34,10 @@ class Intake:
         retention: Retention,
         admission: Admission,
         pressure: Pressure,
+        tenants: Tenants,
     ) -> None:
         self._config = config
+        self._tenants = tenants
         self._limits = config.scheduler
         self._roster = roster
         self._retention = retention
@@ -41,14 +46,20 @@ class Intake:
         self._admission = admission
         self._pressure = pressure
 
-    def sequences(self, request: Request, first_id: int, now: int) -> list[Sequence]:
-        """Return the sequences of a request that can be served, not queued yet.
+    def sequences(self, request: Request) -> list[Sequence]:
+        """Return the sequences of a request that can be served, without their numbers.
 
         Raises:
-            InvalidRequest: The prompt or the parameters are wrong.
+            InvalidRequest: The prompt or the parameters are wrong, or the tenant is not one of
+                this scheduler's.
             PolicyError: Its eviction policy cannot be read or held.
             NeverFits: An empty pool, or the tenant's part of it, would be too small.
         """
+        if not isinstance(request, Request):
+            raise InvalidRequest(
+                f"it is {shown(request)}", where="request", remedy="give a pagedkv.Request"
+            )
+        self._tenants.check(request.tenant, request.request_id)
         sampling, size = request.sampling, self._manager.block_size
         policy = self._retention.resolve(request.eviction)
         max_blocks = most_blocks(policy, size, self._retention.windows.tolist())
@@ -56,12 +67,11 @@ class Intake:
         prompt = prompt_array(request, self._config.model.vocab_size, max_len)
         self._admission.check(request, len(prompt), max_blocks, max_len)
         group = [
-            Sequence(first_id + i, request, prompt, index=i, seed=0) for i in range(sampling.width)
+            Sequence(NOT_YET, request, prompt, index=i, seed=(sampling.seed or 0) + i)
+            for i in range(sampling.width)
         ]
         beams = group.copy() if sampling.beam_width is not None else []
         for seq in group:
-            seq.arrived = now
-            seq.urgency = urgency(request.priority, now, self._limits.ageing_steps)
             seq.policy, seq.max_blocks, seq.max_len = policy, max_blocks, max_len
             seq.max_prefix = usable_prefix(policy, size)
             if sampling.prompt_logprobs is not None:
@@ -69,6 +79,25 @@ class Intake:
             if beams:
                 seq.beams, seq.cumulative = beams, NO_BEAM if seq.index else 0.0
         return group
+
+    def enlist(self, group: list[Sequence], first_id: int, seed: int, now: int) -> None:
+        """Queue what `sequences` returned.
+
+        Args:
+            first_id: The number of the first; the others' follow on, and so do their seeds.
+            now: The number of the step before which it comes.
+        """
+        request = group[0].request
+        tenant = self._tenants.welcome(request.tenant, self._roster.at_work)
+        aged = urgency(request.priority, now, self._limits.ageing_steps)
+        for i, seq in enumerate(group):
+            seq.seq_id, seq.seed, seq.tenant_id = first_id + i, seed + i, tenant
+            seq.arrived, seq.urgency = now, aged
+        self._roster.enlist(group, foreseeable=self.foresees(group[0]))
+
+    def foresees(self, seq: Sequence) -> bool:
+        """Return whether it is known from the start when a sequence ends."""
+        return foreseeable(seq.request, seq.policy, self._config.model)
 
     def make_way(self, now: int) -> None:
         """Push back running sequences for a waiting one that is more urgent, if that lets it in.

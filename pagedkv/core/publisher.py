@@ -93,6 +93,10 @@ class Publisher:
         if self.records:
             self._record(rows, first, counts, fresh)
 
+    def publish(self, digests: list[bytes], blocks: Int32) -> None:
+        """Insert blocks of one group's, none of which is findable, and nobody is told: [N] each."""
+        self._index.insert_many(digests, blocks[:, None], new=True)
+
     def _give_way(self, rows: Int32, index: Int32, digests: list[bytes], blocks: Int32) -> None:
         """Let sealed blocks whose content is findable elsewhere give way to those that hold it.
 

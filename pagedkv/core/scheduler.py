@@ -8,7 +8,6 @@ from pagedkv.config import EngineConfig, as_config
 from pagedkv.core.admission import Admission
 from pagedkv.core.arrays import Bool, Int32, Int64
 from pagedkv.core.batch import Batch
-from pagedkv.core.bounds import foreseeable
 from pagedkv.core.groups import group_layout
 from pagedkv.core.intake import Intake
 from pagedkv.core.manager import NO_MOVES, BlockManager
@@ -63,7 +62,7 @@ class Scheduler:
             self._roster, self.retention, self.tier, self._totals, victim or usual, limits.swap_cost
         )
         self._intake = Intake(
-            self.config, self._roster, self.retention, self.admission, self._pressure
+            self.config, self._roster, self.retention, self.admission, self._pressure, self.tenants
         )
         self._outstanding: StepPlan | Decision | None = None
         self._decoding = Batch.decoding(self.table)
@@ -87,28 +86,38 @@ class Scheduler:
                 is not one of this scheduler's.
             NeverFits: An empty pool, or the tenant's part of it, would be too small.
         """
-        if not isinstance(request, Request):
-            raise InvalidRequest(
-                f"it is {shown(request)}", where="request", remedy="give a pagedkv.Request"
-            )
+        return self.enlist(self.prepare(request))
+
+    def prepare(self, request: Request) -> list[Sequence]:
+        """Return what `enlist` takes: a request's sequences, of which nobody knows yet.
+
+        Raises: as `add`, but for an id that is in use.
+        """
+        return self._intake.sequences(request)
+
+    def foresees(self, seq: Sequence) -> bool:
+        """Return whether it is known from the start when a prepared sequence ends."""
+        return self._intake.foresees(seq)
+
+    def enlist(self, group: list[Sequence], step: int | None = None) -> list[int]:
+        """Queue what `prepare` returned, once; raises and returns as `add` does.
+
+        Args:
+            step: The step before which it comes, if that is not the next.
+        """
+        request = group[0].request
         if request.request_id in self._roster.requests:
             raise InvalidRequest(
                 "the id is in use by a request that has not finished",
                 where=f"request {request.request_id!r}",
                 remedy="give every request its own id",
             )
-        self.tenants.check(request.tenant, request.request_id)
-        group = self._intake.sequences(request, self._next_seq_id, self._totals.num_steps)
         seed = request.sampling.seed
         if seed is None:
             seed = int(self._seeds.integers(2**62))
-        tenant = self.tenants.welcome(request.tenant, self._roster.at_work)
-        for i, seq in enumerate(group):
-            seq.seed, seq.tenant_id = seed + i, tenant
+        now = self._totals.num_steps if step is None else step
+        self._intake.enlist(group, self._next_seq_id, seed, now)
         self._next_seq_id += len(group)
-        self._roster.enlist(
-            group, foreseeable=foreseeable(request, group[0].policy, self.config.model)
-        )
         return [seq.seq_id for seq in group[0].told]
 
     def abort(self, request_id: str) -> list[FinishedSequence]:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64, UInt64
+from pagedkv.core.foresight import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
+from pagedkv.core.request import Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.sim.content import first_tokens, lane_tokens, stream_lanes, stream_tokens
 from pagedkv.sim.cost import CostModel, leap_work, step_work
@@ -78,7 +80,16 @@ class CostExecutor:
             found.append(Observed(values=mass, mass=mass.copy()))
         return found
 
-    # Leaps
+    # Many steps at once
+
+    def pace(self, step: int) -> Pace:
+        """Return how long steps take, from one on."""
+        del step
+        return self.cost.pace()
+
+    def answers(self, seq: Sequence, first: int, count: int) -> Int32:
+        """Return what a sequence draws: [count] tokens, from its draw ``first`` on."""
+        return first_tokens(seq.seed, first + count)[first:]
 
     def leap_seconds(self, leap: Leap) -> Float64:
         """Return how long each step of a leap takes: [steps]."""

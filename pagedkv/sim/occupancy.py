@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.foresight import Steps
 from pagedkv.core.leap import NEVER, Leg
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan
@@ -178,6 +179,29 @@ class Occupancy:
                 drawn=len(leg.drawing),
             )
         )
+
+    def stride(self, steps: Steps, num_blocks: int) -> None:
+        """Take in steps that were taken at once.
+
+        Args:
+            steps: What each was like.
+            num_blocks: Those of the pool.
+        """
+        self._unfold()
+        ends, seconds = np.array(steps.ends), np.array(steps.seconds)
+        available, entries = np.array(steps.available), np.array(steps.entries)
+        columns = (
+            num_blocks - available,
+            available - np.array(steps.blank),
+            np.array(steps.running),
+            np.array(steps.waiting),
+            entries * self._size - np.array(steps.resident),
+            np.array(steps.tokens),
+        )
+        self._series.add(ends, seconds, np.stack(columns, axis=1).astype(np.float64))
+        self._entry_seconds += float(seconds @ entries)
+        self._most_entries = max(self._most_entries, int(entries.max()))
+        self._count(ends.astype(np.int64), np.array(steps.drawn))
 
     def _keep(self, stretch: _Stretch) -> None:
         self._stretches.append(stretch)

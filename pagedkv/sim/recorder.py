@@ -2,15 +2,18 @@
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int32, Int64
+from pagedkv.core.foresight import Run
 from pagedkv.core.leap import Leap, Leg
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.core.stride import Stride
 from pagedkv.sim.detail import Detail
 from pagedkv.sim.occupancy import Occupancy, Pool
 from pagedkv.sim.sketch import Distribution
@@ -18,9 +21,10 @@ from pagedkv.sim.slo import Objective
 from pagedkv.sim.tenants import Tenants
 from pagedkv.sim.workload import SimRequest
 
-__all__ = ["LATENCIES", "Phase", "Recorder"]
+__all__ = ["LATENCIES", "Asked", "Phase", "Recorder"]
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
+NO_ROWS: Int64 = np.empty(0, np.int64)
 _WATCHED = 20_000  # phases kept for the trace viewer
 
 
@@ -51,6 +55,14 @@ class _Life:
         self.first = math.nan
         self.last = math.nan
         self.row = -1
+
+
+class Asked(NamedTuple):
+    """What somebody asks an engine for, under which name, and why it is refused, if it is."""
+
+    request: SimRequest
+    name: str
+    refusal: str
 
 
 class Recorder:
@@ -166,17 +178,21 @@ class Recorder:
         fresh = self._drew[rows] != seq_ids
         if np.count_nonzero(fresh):
             for row, seq_id in zip(rows[fresh].tolist(), seq_ids[fresh].tolist(), strict=True):
-                life = self._lives[seq_id]
-                if math.isnan(life.first):
-                    life.first = end
-                    self._note(life, life.row, "prefill", life.began, end)
-                else:
-                    self.latency["itl"].add(end - life.last)
-                self._drew[row] = seq_id
+                self._draw_first(row, seq_id, end)
             self.latency["itl"].add(end - self._last[rows[~fresh]])
         else:
             self.latency["itl"].add(end - self._last[rows])
         self._last[rows] = last
+
+    def _draw_first(self, row: int, seq_id: int, end: float) -> None:
+        """Note that a sequence has drawn its first token in a row."""
+        life = self._lives[seq_id]
+        if math.isnan(life.first):
+            life.first = end
+            self._note(life, life.row, "prefill", life.began, end)
+        else:
+            self.latency["itl"].add(end - life.last)
+        self._drew[row] = seq_id
 
     def _finish(self, ended: FinishedSequence, now: float) -> None:
         life = self._lives.pop(ended.seq_id)
@@ -238,6 +254,59 @@ class Recorder:
         steps = slice(leg.first, leg.end)
         self.occupancy.leg(leg, pool, ends[steps], seconds[steps])
         self.tenants.step(leg.batch.rows, seconds[steps], leg)
+
+    def stride(self, stride: Stride, asked: list[Asked], begin: float) -> None:
+        """Take in steps that were taken at once.
+
+        Args:
+            asked: Per arrival among them, what was asked for.
+            begin: When the first step began.
+        """
+        runs, steps = stride.foreseen.runs, stride.foreseen.steps
+        times, ends = [begin, *steps.ends], np.array(steps.ends)
+        self.begin(NO_ROWS, NO_ROWS, begin)
+        draws = [run for run in runs if run.entered < 0 and run.first == 0]
+        rows = np.array([run.row for run in draws], np.int64)
+        seq_ids = np.array([run.seq.seq_id for run in draws], np.int64)
+        # In the order in which it happens; what ends a step comes before what the next begins with.
+        events = [(2 * step, 0, i) for i, step in enumerate(stride.foreseen.came)]
+        events += [(2 * run.entered, 1, w) for w, run in enumerate(runs) if run.entered >= 0]
+        events += [(2 * run.first + 1, 2, w) for w, run in enumerate(runs) if run.first >= 0]
+        events += [(2 * runs[w].end + 1, 3, i) for i, (w, _) in enumerate(stride.finished)]
+        if draws:
+            self._draw(rows, seq_ids, times[1], times[-1])
+        for when, kind, i in sorted(events):
+            now = times[(when + 1) // 2]
+            if kind == 0:
+                self._came(stride.seq_ids[i], asked[i], now)
+            elif kind == 1:
+                self._admit(runs[i].row, runs[i].seq.seq_id, now)
+            elif kind == 2:
+                self._draw_on(runs[i], ends, now)
+            else:
+                self._finish(stride.finished[i][1], now)
+        often = np.array(steps.decoding[1:], np.int64)
+        drew = often > 0
+        self.latency["itl"].add_each(np.diff(ends)[drew], often[drew])
+        stay = np.array([run.row for run in runs if run.end < 0 <= run.first], np.int64)
+        self._last[stay] = times[-1]
+        self.tenants.stride(stride)
+        self.occupancy.stride(steps, self._scheduler.manager.pool.num_blocks)
+
+    def _came(self, seq_id: int, asked: Asked, now: float) -> None:
+        if asked.refusal:
+            self.refuse(asked.request, asked.refusal)
+        else:
+            self.add(seq_id, asked.request, asked.name, now)
+
+    def _draw_on(self, run: Run, ends: Float64, now: float) -> None:
+        """Note the draws of a run; of one that ran before, all but the first were noted."""
+        seq_id, ran = run.seq.seq_id, run.entered < 0 and run.first == 0
+        if not ran:
+            self._draw_first(run.row, seq_id, now)
+        if self.detail is not None:
+            draws = ends[run.first + ran : run.end + 1 if run.end >= 0 else None]
+            self.detail.draw(np.array([seq_id]), draws)
 
     def planned(self, plan: StepPlan, begin: float, seconds: float) -> None:
         """Look at who runs and what is held between schedule and commit."""

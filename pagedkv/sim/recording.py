@@ -1,12 +1,16 @@
 """A real run played again: its step times and its tokens, in place of formula and streams."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Ids
+from itertools import count
 
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32
+from pagedkv.core.foresight import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan, StepResult
+from pagedkv.core.request import Sequence
 from pagedkv.core.table import SequenceTable
 from pagedkv.errors import InvalidTransition
 from pagedkv.sim.cost import CostModel
@@ -28,7 +32,7 @@ class Recording(CostExecutor):
         self,
         cost: CostModel,
         block_size: int,
-        seconds: Sequence[float],
+        seconds: Ids[float],
         tokens: Mapping[int, Int32],
     ) -> None:
         super().__init__(cost, block_size)
@@ -68,6 +72,16 @@ class Recording(CostExecutor):
                 remedy="replay the same requests on the same configuration",
             )
         return int(known[position])
+
+    def pace(self, step: int) -> Pace:
+        """Return how long steps took, from one on, however often and of whatever it is asked."""
+        numbers = count(step)
+        return lambda *_: float(self._times(next(numbers), 1)[0])
+
+    def answers(self, seq: Sequence, first: int, count: int) -> Int32:
+        """Return what a sequence drew."""
+        drawn = [self._token(seq.seed, at) for at in range(first, first + count)]
+        return np.array(drawn, np.int32)
 
     def leap_seconds(self, leap: Leap) -> Float64:
         """Return how long the steps took: [steps]."""

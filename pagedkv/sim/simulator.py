@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -11,20 +11,27 @@ import numpy as np
 from pagedkv.config import LARGEST_INT32, EngineConfig, with_fields
 from pagedkv.core.arrays import Float64
 from pagedkv.core.engine import Engine
+from pagedkv.core.foresight import Arrival, foresee
 from pagedkv.core.leap import begin_leg, commit_leg, extend_leap, schedule_leap
-from pagedkv.core.request import FinishedSequence, Request, SamplingParams
+from pagedkv.core.request import FinishedSequence, Request, SamplingParams, Sequence
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.core.stride import take_stride
 from pagedkv.errors import ConfigError, InvalidRequest, InvalidTransition, NeverFits
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.executor import CostExecutor
 from pagedkv.sim.occupancy import Pool
-from pagedkv.sim.recorder import Recorder
+from pagedkv.sim.recorder import Asked, Recorder
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.workload import SimRequest, Workload
 
 __all__ = ["ROUTES", "Cluster", "Replica"]
 
 _LONGEST_LEAP = 256
+_SHORTEST_STRIDE = 8
+"""With fewer steps, a leap costs less."""
+
+_AHEAD = 128
+"""Requests that each replica is told of at once, where none depends on another."""
 
 
 class Replica:
@@ -58,6 +65,8 @@ class Replica:
         self.num_leaps = 0
         self._leaps = leap
         self._requests: dict[str, SimRequest] = {}
+        self._asked: list[Asked] = []  # who will come
+        self._arrivals: list[Arrival] = []
         self.recorder = Recorder(self.scheduler, slo or Objective(), watch=watch, detail=detail)
         self.executor.on_plan = self.recorder.planned
         self.engine = Engine(self.scheduler, self.executor)
@@ -72,30 +81,46 @@ class Replica:
         """Requests waiting or running."""
         return len(self._requests)
 
+    def expect(self, request: SimRequest, name: str) -> None:
+        """Get ready for a request that comes later than all expected so far; see `serve`."""
+        group, refusal = self._prepared(request, name)
+        self._asked.append(Asked(request, name, refusal))
+        self._arrivals.append(Arrival(request.arrival, group))
+
     def add(self, request: SimRequest, name: str) -> bool:
         """Hand a request to the scheduler; False if it refused it for good, which is counted."""
+        group, refusal = self._prepared(request, name)
+        return self._add(Asked(request, name, refusal), group)
+
+    def _prepared(self, request: SimRequest, name: str) -> tuple[list[Sequence], str]:
+        """Return the sequences of a request, or why it is refused."""
+        sampling = SamplingParams(
+            max_tokens=request.output_len, seed=request.output_stream, ignore_eos=True
+        )
+        try:
+            asked = Request(
+                request_id=name,
+                prompt_token_ids=request.prompt.token_ids(),
+                sampling=sampling,
+                priority=request.priority,
+                tenant=request.tenant,
+                arrival=request.arrival,
+            )
+            return self.scheduler.prepare(asked), ""
+        except NeverFits:
+            return [], "larger than the pool"
+        except InvalidRequest as fault:
+            return [], self._why(request, fault)
+
+    def _add(self, asked: Asked, group: list[Sequence]) -> bool:
+        request, name, refusal = asked
         if not self.busy and request.arrival > self.clock:
             self.recorder.occupancy.idle(self.clock, request.arrival)
             self.executor.clock = self.clock = request.arrival
-        try:
-            seq_ids = self.scheduler.add(
-                Request(
-                    request_id=name,
-                    prompt_token_ids=request.prompt.token_ids(),
-                    sampling=SamplingParams(
-                        max_tokens=request.output_len, seed=request.output_stream, ignore_eos=True
-                    ),
-                    priority=request.priority,
-                    tenant=request.tenant,
-                    arrival=request.arrival,
-                )
-            )
-        except NeverFits:
-            self.recorder.refuse(request, "larger than the pool")
+        if refusal:
+            self.recorder.refuse(request, refusal)
             return False
-        except InvalidRequest as fault:
-            self.recorder.refuse(request, self._why(request, fault))
-            return False
+        seq_ids = self.scheduler.enlist(group)
         self._requests[name] = request
         self.recorder.add(seq_ids[0], request, name, self.clock)
         return True
@@ -127,6 +152,50 @@ class Replica:
                 for end in finished
             ]
         return ended
+
+    def serve(self, until: float) -> int:
+        """Step until the clock reaches ``until`` or nothing is left; whoever is expected comes in
+        time, and nobody else before then.
+
+        Returns:
+            How many requests have ended.
+        """
+        ended = 0
+        while True:
+            while self._asked and (self._asked[0].request.arrival <= self.clock or not self.busy):
+                self._add(self._asked.pop(0), self._arrivals.pop(0).group)
+            if not self.busy or self.clock >= until:
+                return ended
+            finished = self._stride(until) if self._leaps else None
+            if finished is not None:
+                ended += len(finished)
+                continue
+            coming = self._asked[0].request.arrival if self._asked else until
+            ended += len(self.advance(min(until, coming), past_ends=True))
+
+    def _stride(self, until: float) -> list[FinishedSequence] | None:
+        """Take all steps at once that can be foreseen; who ended. None, and nothing happened, if
+        they are few or cannot be.
+        """
+        scheduler, executor = self.scheduler, self.executor
+        pace = executor.pace(scheduler.totals.num_steps)
+        foreseen = foresee(scheduler, self._arrivals, self.clock, pace, until=until)
+        if foreseen is None or len(foreseen) < _SHORTEST_STRIDE:
+            return None
+        stride = take_stride(scheduler, foreseen, self._arrivals, executor.answers)
+        if stride is None:
+            return None
+        came = slice(len(foreseen.came))
+        asked = self._asked[came]
+        del self._asked[came], self._arrivals[came]
+        self._requests |= {each.name: each.request for each in asked if not each.refusal}
+        finished = [ended for _, ended in stride.finished]
+        self.recorder.stride(stride, asked, self.clock)
+        for ended in finished:
+            del self._requests[ended.request_id]
+        executor.clock = self.clock = foreseen.steps.ends[-1]
+        self.num_leaps += 1
+        return finished
 
     def _step(self) -> list[FinishedSequence]:
         plan, _, output = self.engine.step()
@@ -250,7 +319,7 @@ class Cluster:
         """Serve a workload to its end.
 
         Args:
-            progress: Is told how many requests have ended, at every arrival and end.
+            progress: Is told how many requests have ended, from time to time.
         """
         done = 0
         self._feeds_back = workload.closed_loop or self._limit < np.inf
@@ -259,6 +328,9 @@ class Cluster:
         self.began = workload.began
         for replica in self.replicas:
             replica.recorder.occupancy.begin(self.began)
+        if self._route is _round_robin and not self._feeds_back:
+            self._deal(itertools.chain([coming] if coming is not None else [], arrivals), progress)
+            return
         while True:
             follow = self._due[0][0] if self._due else np.inf
             fresh = coming.arrival if coming is not None else np.inf
@@ -280,6 +352,26 @@ class Cluster:
                 self._offer(coming)
                 coming = next(arrivals, None)
 
+    def _deal(
+        self, arrivals: Iterator[SimRequest], progress: Callable[[int], None] | None
+    ) -> None:
+        """Serve requests that are dealt in turns, whatever comes of them: replicas need not wait
+        for each other.
+        """
+        done, replicas = 0, self.replicas
+        hand = list(itertools.islice(arrivals, _AHEAD * len(replicas)))
+        while hand:
+            following = list(itertools.islice(arrivals, _AHEAD * len(replicas)))
+            until = following[0].arrival if following else np.inf
+            for request in hand:
+                replicas[_round_robin(replicas, self._num_sent)].expect(request, str(self._num_sent))
+                self._num_sent += 1
+            for replica in replicas:
+                done += replica.serve(until)
+                if progress is not None:
+                    progress(done)
+            hand = following
+
     def _offer(self, request: SimRequest) -> None:
         if self._in_flight >= self._limit:
             self._held.append(request)
@@ -296,14 +388,10 @@ class Cluster:
         """Run replicas up to ``now``, the one that is furthest behind first; who ended, and whether
         it was served.
 
-        Stops at the first ends, since they may bring requests before ``now``. If none can, only
-        the replica that what comes then goes to is run: its leaps are not cut by what others get.
+        Stops at the first ends, since they may bring requests before ``now``.
         """
-        concerned = self.replicas
-        if self._route is _round_robin and not self._feeds_back and now < np.inf:
-            concerned = [self.replicas[_round_robin(self.replicas, self._num_sent)]]
         while True:
-            behind = _behind(concerned, now)
+            behind = _behind(self.replicas, now)
             if not behind:
                 return []
             replica = min(behind, key=lambda each: each.clock)

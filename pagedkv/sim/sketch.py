@@ -46,6 +46,11 @@ class Distribution:
         if len(self._ones) + len(self._many) >= _AT_ONCE:
             self._settle()
 
+    def add_each(self, values: Float64, times: Int64) -> None:
+        """Take in values, each as often as is said: [N] each, 1 at least."""
+        self._settle()
+        self._take_in(values, times)
+
     def _settle(self) -> None:
         """Count what has come in."""
         if not self._ones and not self._many:
@@ -53,8 +58,9 @@ class Distribution:
         parts = [np.array(self._ones, np.float64), *(values for values, _ in self._many)]
         times = np.array([1, *(times for _, times in self._many)])
         self._ones, self._many = [], []
-        often = np.repeat(times, [len(part) for part in parts])
-        new = np.concatenate(parts)
+        self._take_in(np.concatenate(parts), np.repeat(times, [len(part) for part in parts]))
+
+    def _take_in(self, new: Float64, often: Int64) -> None:
         if not new.size:
             return
         weighted = new * often

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from pagedkv.core.arrays import Float64, Int32
+from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.leap import Leg
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import FinishedSequence
+from pagedkv.core.stride import Stride
 from pagedkv.sim.accounts import Accounts
 from pagedkv.sim.occupancy import Occupancy
 from pagedkv.sim.workload import SimRequest
@@ -91,10 +92,46 @@ class Tenants:
         width = int(held.max(initial=0))
         used = np.arange(width) < held[:, :, None]
         blocks = table.block_table[:, rows, :width][used]
-        holder = np.broadcast_to(mine[None, :, None], used.shape)[used]
+        self._own(blocks, np.broadcast_to(mine[None, :, None], used.shape)[used], lost)
+
+    def stride(self, stride: Stride) -> None:
+        """Count what is held while steps run that were taken at once."""
+        lost, self._lost[:] = list(self._lost), []
+        if not self._several:
+            return
+        runs, seconds = stride.foreseen.runs, stride.foreseen.steps.seconds
+        number = self._accounts.number
+        mine = np.array([number[run.seq.request.tenant] for run in runs])
+        ran = np.array([run.entered < 0 for run in runs])
+        held = np.array([run.held for run in runs])
+        ended = np.array([w for w, run in enumerate(runs) if run.end >= 0], np.int64)
+        before = np.bincount(mine[ran], held[ran], len(self._accounts))
+        # What each tenant's tables gained and lost, and before which step.
+        whose = np.concatenate((mine[ended], mine[stride.taken_by]))
+        step = np.concatenate(([runs[w].end + 1 for w in ended], stride.taken_at)).astype(np.int64)
+        more = np.ones(len(whose))
+        more[: len(ended)] = [-runs[w].ever for w in ended]
+        left = sum(seconds) - np.concatenate(([0.0], np.cumsum(seconds)))
+        area = before * left[0] + np.bincount(whose, more * left[step], len(before))
+        order = np.lexsort((more > 0, step, whose))
+        for tenant in np.unique(mine).tolist():
+            account = self._accounts.of_number(tenant)
+            changes = more[order[whose[order] == tenant]]
+            peak = before[tenant] + max(0.0, float(np.cumsum(changes).max(initial=0.0)))
+            account.block_seconds += float(area[tenant])
+            account.most_blocks = max(account.most_blocks, int(peak))
+        holder = mine[stride.taken_by]
+        # A block may be taken again, blank: for what it held, the first that took it counts.
+        self._own(stride.blocks[::-1], holder[::-1], lost)
+        self._owner[stride.blocks] = holder
+        for w in sorted(stride.foreseen.shared, key=lambda w: (runs[w].last, w)):
+            self._owner[stride.foreseen.shared[w]] = mine[w]  # the last that holds it stands
+
+    def _own(self, blocks: Int32, holder: Int64, lost: list[Int32]) -> None:
+        """Note who holds blocks now, and whose they were that others took."""
         before = np.concatenate([self._owner[ids] for ids in lost]) if lost else None
         self._owner[blocks] = holder
         if before is not None:
             after = self._owner[np.concatenate(lost)]
             known = before >= 0
-            np.add.at(accounts.evictions, (after[known], before[known]), 1)
+            np.add.at(self._accounts.evictions, (after[known], before[known]), 1)
