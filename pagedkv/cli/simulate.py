@@ -6,11 +6,11 @@ from typing import Any
 from pagedkv.cli.flags import add_config_flags
 from pagedkv.cli.grid import let_sweep
 from pagedkv.cli.workloads import add_generator_flags, add_reader_flags
+from pagedkv.sim.cluster import ROUTES
 from pagedkv.sim.generators import GENERATORS
 from pagedkv.sim.presets import COSTS
 from pagedkv.sim.replay import ORDERS
 from pagedkv.sim.result import DEFAULT_HARDWARE
-from pagedkv.sim.simulator import ROUTES
 
 __all__ = ["add_parser", "run"]
 

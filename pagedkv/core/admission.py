@@ -359,4 +359,3 @@ class Admission:
     def _blocks(self, num_tokens: int, max_blocks: int) -> int:
         per_table = min(-(-num_tokens // self._manager.block_size), max_blocks)
         return per_table * self._manager.num_groups
-

@@ -80,14 +80,29 @@ class Intake:
                 seq.beams, seq.cumulative = beams, NO_BEAM if seq.index else 0.0
         return group
 
-    def enlist(self, group: list[Sequence], first_id: int, seed: int, now: int) -> None:
+    def enlist(
+        self, group: list[Sequence], first_id: int, seeds: np.random.Generator, now: int
+    ) -> None:
         """Queue what `sequences` returned.
 
         Args:
             first_id: The number of the first; the others' follow on, and so do their seeds.
+            seeds: Where that of a request is drawn from that brings none.
             now: The number of the step before which it comes.
+
+        Raises:
+            InvalidRequest: The request's id is in use.
         """
         request = group[0].request
+        if request.request_id in self._roster.requests:
+            raise InvalidRequest(
+                "the id is in use by a request that has not finished",
+                where=f"request {request.request_id!r}",
+                remedy="give every request its own id",
+            )
+        seed = request.sampling.seed
+        if seed is None:
+            seed = int(seeds.integers(2**62))
         tenant = self._tenants.welcome(request.tenant, self._roster.at_work)
         aged = urgency(request.priority, now, self._limits.ageing_steps)
         for i, seq in enumerate(group):

@@ -24,7 +24,7 @@ from pagedkv.core.publisher import Sealed
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
 
-__all__ = ["Leap", "Leg", "begin_leg", "commit_leg", "extend_leap", "schedule_leap"]
+__all__ = ["Leap", "Leg", "begin_leg", "can_foresee", "commit_leg", "extend_leap", "schedule_leap"]
 
 FAR = 2**30
 NEVER: Int32 = np.empty(0, np.int32)
@@ -108,6 +108,23 @@ class Leg(NamedTuple):
         return self.end - self.first
 
 
+def can_foresee(scheduler: Scheduler) -> bool:
+    """Return whether what steps come to can be foreseen.
+
+    Not if sequences are in work that may evict, stop or fork, if layers have windows or tenants
+    quotas, or if KV events or an end wait to be told.
+    """
+    roster = scheduler._roster
+    return not (
+        roster.unforeseen
+        or roster.finished
+        or scheduler._outstanding is not None
+        or scheduler.tenants.limited
+        or scheduler.manager.publisher.records
+        or any(scheduler.layout.windows)
+    )
+
+
 def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -> Leap | None:
     """Decide the next step, as `Scheduler.schedule` does, and for how many steps that holds.
 
@@ -118,20 +135,12 @@ def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -
         past_ends: Whether it may go on when sequences have ended, if nobody waits for their place.
 
     Returns:
-        None, and nothing changed, if the outcome of steps cannot be foreseen: sequences are in
-        work that may evict, stop or fork, layers have windows, tenants quotas, or KV events or an
-        end wait to be told. Take an ordinary step then.
+        None, and nothing changed, if the outcome of steps cannot be foreseen. Take an ordinary
+        step then.
     """
-    roster, manager, table = scheduler._roster, scheduler.manager, scheduler.table
-    if (
-        roster.unforeseen
-        or roster.finished
-        or scheduler._outstanding is not None
-        or scheduler.tenants.limited
-        or manager.publisher.records
-        or any(scheduler.layout.windows)
-    ):
+    if not can_foresee(scheduler):
         return None
+    roster, manager, table = scheduler._roster, scheduler.manager, scheduler.table
     decision = scheduler._outstanding = scheduler._decide()
     batch = decision.batch
     rows, first = batch.rows.astype(np.intp), batch.counts

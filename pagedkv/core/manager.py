@@ -61,11 +61,15 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return np.zeros((0, self.num_groups), np.int32)
+        return self.index.match(self.usable_hashes(seq))
+
+    def usable_hashes(self, seq: Sequence) -> list[bytes]:
+        """Return the hashes of the blocks that a waiting sequence could start from."""
         own = seq.fork_at if seq.siblings else len(seq.token_ids)
         usable = min(own - 1, seq.max_prefix) // self.block_size
         salt = seq.request.cache_salt
         extend_chain(seq.hashes, seq.token_ids, usable, self.block_size, salt)
-        return self.index.match(seq.hashes[:usable])
+        return seq.hashes[:usable]
 
     def missing_blocks(self, seq: Sequence, hits: Int32) -> int:
         """Return how many available blocks a sequence takes to compute all its known tokens.

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Ids
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby, takewhile
-from struct import Struct, unpack
+from struct import Struct, iter_unpack, unpack
 
 import numpy as np
 
@@ -51,11 +51,10 @@ def extend_chain(
     parent = hashes[-1] if hashes else chain_root(salt, block_size)
     start = len(hashes) * block_size
     content = np.ascontiguousarray(token_ids[start : num_blocks * block_size]).tobytes()
-    stride = block_size * token_ids.itemsize
-    for begin in range(0, len(content), stride):
+    for (block,) in iter_unpack(f"{block_size * token_ids.itemsize}s", content):
         # `block_digest`, without a call per block: long prompts spend their time here.
         state = blank_state()
-        state.update(parent + content[begin : begin + stride])
+        state.update(parent + block)
         parent = state.digest()
         hashes.append(parent)
 
@@ -117,7 +116,9 @@ class PrefixIndex:
 
     def knows_any(self, hashes: Ids[bytes]) -> bool:
         """Return whether any of the hashes can be found."""
-        return max(self._find_all(hashes), default=END) >= 0
+        if len(hashes) <= FEW:
+            return max(self._find(hashes), default=END) >= 0
+        return bool((self._find_many(hashes) >= 0).any())
 
     def match(self, hashes: Ids[bytes]) -> Int32:
         """Return the blocks of the longest known prefix of the chain: [hits, num_groups]."""
@@ -259,21 +260,24 @@ class PrefixIndex:
 
     def _unlink_at_once(self, entries: Int32) -> None:
         """Take entries that were removed out of their chains: [N], each once."""
-        chains = self._chains_of(self._words[0::2].take(entries))
-        before, here = np.full(len(entries), END, np.int32), self._heads[chains]
-        at = (here != entries).nonzero()[0]
-        while len(at):  # all walk their chains in step
-            before[at] = passed = here[at]
-            here[at] = self._follow(passed)
-            at = at[here[at] != entries[at]]
-        after = REMOVED - self._next[entries]
-        first = before < 0
-        live = ~first & (self._next[before] >= END)
-        self._heads[chains[first]] = after[first]
-        self._next[before[live]] = after[live]
-        words, following, heads = self._words.data, self._next.data, self._heads.data
-        for entry in entries[~(first | live)].tolist():
-            self._unlink(entry, words, following, heads)
+        leaving: Bool = np.zeros(len(self._next), np.bool_)  # no memory but what is written
+        leaving[entries] = True
+        while len(entries):  # first those that follow none that is leaving as well
+            chains = self._chains_of(self._words[0::2].take(entries))
+            before, here = np.full(len(entries), END, np.int32), self._heads[chains]
+            at = (here != entries).nonzero()[0]
+            while len(at):  # all walk their chains in step
+                before[at] = passed = here[at]
+                here[at] = self._follow(passed)
+                at = at[here[at] != entries[at]]
+            after = REMOVED - self._next[entries]
+            first = before < 0
+            self._heads[chains[first]] = after[first]
+            behind = (~first & ~leaving[before]).nonzero()[0]
+            link, after = before[behind], after[behind]
+            self._next[link] = np.where(self._next[link] < END, REMOVED - after, after)
+            leaving[entries[first]] = leaving[entries[behind]] = False
+            entries = entries[leaving[entries]]
 
     @staticmethod
     def _unlink(

@@ -207,6 +207,18 @@ class CachedOrder:
         self._count -= count
         return ids
 
+    def num_before(self, ids: Int32) -> int:
+        """Return how many go before the first of these that is in the order; all, if none is.
+
+        Only ``lru`` has a single line to look at. O(those that go before).
+        """
+        places = -1 - self._state.take(ids)
+        places = places[places >= 0]
+        if not len(places):
+            return self._count
+        line = self._lines[0]
+        return len(self._live(0, line, line.head, int(places.min())))
+
     @property
     def next_level(self) -> int | None:
         """The level of the block that would go next; None of an empty order."""

@@ -107,20 +107,20 @@ class Roster:
             self._totals.prompt_tokens += seq.num_prompt
             self._totals.prompt_tokens_cached += cached
 
-    def enter(self, seq: Sequence, row: int) -> None:
-        """Take a waiting sequence out of the queue for a row; `admit` without the row itself."""
+    def enter(self, seq: Sequence, row: int, cached: int) -> None:
+        """Take a sequence that waits for the first time out of the queue for a row, and count what
+        it found cached: `admit`, without the row itself.
+        """
         self.waiting.remove(seq)
-        seq.row = row
+        seq.row, seq.num_cached_tokens = row, cached
         seq.move(Status.RUNNING)
-        self._count_hits(seq, 0)
+        self._count_hits(seq, cached)
 
     def leave(self, seq: Sequence, token_ids: list[int]) -> FinishedSequence:
         """Let a sequence that forgot nothing go, whose row and blocks are free; it is full."""
         seq.row = -1
         self._strike(seq)
-        return self._ending(
-            seq, NOTHING_FORGOTTEN, token_ids=token_ids, finish_reason="length"
-        )
+        return self._ending(seq, NOTHING_FORGOTTEN, token_ids=token_ids, finish_reason="length")
 
     def sibling_rows(self) -> dict[int, Int32]:
         """Return the rows that fork from a row once what they share is computed, by that row."""

@@ -25,7 +25,7 @@ from pagedkv.core.tenants import Tenants
 from pagedkv.core.tiers import HostTier
 from pagedkv.core.victims import Victim, last_admitted, least_urgent
 from pagedkv.environment import audit_enabled
-from pagedkv.errors import InvalidRequest, InvalidTransition, is_text, shown
+from pagedkv.errors import InvalidTransition, is_text, shown
 from pagedkv.events import KVEvent
 
 __all__ = ["Scheduler"]
@@ -89,15 +89,10 @@ class Scheduler:
         return self.enlist(self.prepare(request))
 
     def prepare(self, request: Request) -> list[Sequence]:
-        """Return what `enlist` takes: a request's sequences, of which nobody knows yet.
-
-        Raises: as `add`, but for an id that is in use.
+        """Return what `enlist` takes, of which nobody knows yet; raises what `add` does, but for
+        an id that is in use.
         """
         return self._intake.sequences(request)
-
-    def foresees(self, seq: Sequence) -> bool:
-        """Return whether it is known from the start when a prepared sequence ends."""
-        return self._intake.foresees(seq)
 
     def enlist(self, group: list[Sequence], step: int | None = None) -> list[int]:
         """Queue what `prepare` returned, once; raises and returns as `add` does.
@@ -105,18 +100,8 @@ class Scheduler:
         Args:
             step: The step before which it comes, if that is not the next.
         """
-        request = group[0].request
-        if request.request_id in self._roster.requests:
-            raise InvalidRequest(
-                "the id is in use by a request that has not finished",
-                where=f"request {request.request_id!r}",
-                remedy="give every request its own id",
-            )
-        seed = request.sampling.seed
-        if seed is None:
-            seed = int(self._seeds.integers(2**62))
         now = self._totals.num_steps if step is None else step
-        self._intake.enlist(group, self._next_seq_id, seed, now)
+        self._intake.enlist(group, self._next_seq_id, self._seeds, now)
         self._next_seq_id += len(group)
         return [seq.seq_id for seq in group[0].told]
 

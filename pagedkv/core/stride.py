@@ -1,21 +1,20 @@
-"""Takes the steps that `foresight` saw, all at once: the state is as after as many plans and commits.
+"""Takes the steps that `foresight` saw, all at once: the state is as after as many plans.
 
 Blocks are given out and taken back in the very order of the steps; none that they make findable is
-reclaimed by them. All else is written as it stands in the end, whatever it was on the way. Whoever knows the tokens beforehand (a
-simulator, a replay) need not plan each step. Like `leap`, this is a part of the scheduler in a file
-of its own, and knows its insides.
+reclaimed by them. All else is written as it stands in the end, whatever it was on the way. Whoever
+knows the tokens beforehand (a simulator, a replay) need not plan each step. Like `leap`, this is a
+part of the scheduler in a file of its own, and knows its insides.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Int32, Int64
-from pagedkv.core.foresight import Arrival, Foreseen, Run
+from pagedkv.core.foreseen import Arrival, Foreseen, Run
 from pagedkv.core.prefix import extend_chain
 from pagedkv.core.request import FinishedSequence, Sequence
 from pagedkv.core.scheduler import Scheduler
@@ -73,16 +72,16 @@ def take_stride(
     np.add.at(computed, pieces[:, 0], pieces[:, 3])
     sealed: list[bytes] = []
     if scheduler.manager.enable_prefix_caching:
-        firsts = []
+        missed = []
         for run, (known, _), first, end in zip(
             runs, tokens, (before // size).tolist(), (computed // size).tolist(), strict=True
         ):
             salt, hashes = run.seq.request.cache_salt, run.seq.hashes
             extend_chain(hashes, known, end, size, salt)
             sealed += hashes[first:end]
-            if not end:  # looked up, and not sealed yet
-                firsts += hashes[:1]
-        new = sealed + firsts
+            if end <= first:  # looked up perhaps, and not sealed yet
+                missed += hashes[first : first + 1]
+        new = sealed + missed
         if len(set(new)) < len(new) or scheduler.manager.index.knows_any(new):
             return None
     return _Taking(scheduler, foreseen, arrivals).take(tokens, pieces, before, computed, sealed)
@@ -103,9 +102,7 @@ def _tokens(scheduler: Scheduler, run: Run, steps: int, answers: Answers) -> _To
 class _Taking:
     """The passes of taking a stride, in their order."""
 
-    def __init__(
-        self, scheduler: Scheduler, foreseen: Foreseen, arrivals: Ids[Arrival]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, foreseen: Foreseen, arrivals: Ids[Arrival]) -> None:
         self._scheduler = scheduler
         self._foreseen = foreseen
         self._runs = foreseen.runs
@@ -135,8 +132,7 @@ class _Taking:
         seq_ids = self._enlist()
         who, at, order = self._growth(pieces)
         first: Int64 = np.searchsorted(who, np.arange(len(self._runs) + 1))
-        ids = np.empty(len(who), np.int32)
-        self._give_and_take(ids, at[order], order, first, computed)
+        taken, ids = self._give_and_take(at[order], order, first, computed)
         self._publish(ids, first, before // self._size, computed // self._size, sealed)
         finished = self._leave(tokens)
         self._stay(tokens, ids, first, computed)
@@ -147,7 +143,7 @@ class _Taking:
             foreseen=self._foreseen,
             seq_ids=seq_ids,
             finished=finished,
-            blocks=ids[order],
+            blocks=taken,
             taken_by=who[order],
             taken_at=at[order],
         )
@@ -161,7 +157,7 @@ class _Taking:
         ]
         for run in self._runs:
             if run.entered >= 0:
-                scheduler._roster.enter(run.seq, run.row)
+                scheduler._roster.enter(run.seq, run.row, run.computed)
         return seq_ids
 
     def _growth(self, pieces: Int64) -> tuple[Int64, Int64, Int64]:
@@ -179,29 +175,67 @@ class _Taking:
         return who, at, np.argsort(at * len(self._runs) + who, kind="stable")
 
     def _give_and_take(
-        self, ids: Int32, at: Int64, order: Int64, first: Int64, computed: Int64
-    ) -> None:
-        """Allocate blocks, and release those of whoever ends, in the order of the steps.
+        self, at: Int64, order: Int64, first: Int64, computed: Int64
+    ) -> tuple[Int32, Int32]:
+        """Give out blocks and take back those of whoever ends, as if step by step.
+
+        What comes back blank is given out next, the last first, before anything else; what comes
+        back cached, or is found, is not among what is given out.
 
         Args:
-            ids: [N] Is filled in, run after run.
-            at: [N] The steps, in order.
-            order: [N] Which of ``ids`` comes when.
+            at: [N] The steps in which blocks are taken, in order.
+            order: [N] Which of them, run after run, comes when.
+
+        Returns:
+            [N] The blocks as they were taken, and the same run after run.
         """
-        manager, table, done = self._manager, self._table, 0
-        upto = np.searchsorted(at, [step for step, _ in self._ended], side="right").tolist()
+        manager, count = self._manager, len(at)
+        hits = [block for run in self._runs for block in run.hits]
+        if hits:
+            manager.pool.share(np.array(hits, np.int32))
         full = (computed // self._size if manager.enable_prefix_caching else 0 * computed).tolist()
-        bounds = first.tolist()
+        place = np.empty(count, np.int64)
+        place[order] = np.arange(count)
+        upto = np.searchsorted(at, [step for step, _ in self._ended], side="right").tolist()
+        spare: list[int] = []  # blank blocks: when each was taken before, or else -1 - its id
+        again: list[tuple[int, int]] = []  # when which of them is given out
+        done = 0
         for (_, w), end in zip(self._ended, upto, strict=True):
-            if end > done:
-                ids[order[done:end]] = manager.allocate(end - done)
-                done = end
-            run, own = self._runs[w], ids[bounds[w] : bounds[w + 1]]
-            if run.entered < 0:
-                own = np.concatenate((table.block_table[0, run.row, : run.held], own))
-            findable = np.arange(len(own) - 1, -1, -1) < full[w]
-            manager.pool.release(own[::-1], findable)
-        ids[order[done:]] = manager.allocate(len(ids) - done)
+            again += [(i, spare.pop()) for i in range(done, min(end, done + len(spare)))]
+            done = end
+            spare += self._blank_after(w, full[w], place[first[w] : first[w + 1]])
+        again += [(i, spare.pop()) for i in range(done, min(count, done + len(spare)))]
+        fresh = np.ones(count, np.bool_)
+        fresh[[i for i, _ in again]] = False
+        taken = np.empty(count, np.int32)
+        taken[fresh] = manager.allocate(count - len(again))
+        for i, before in again:
+            taken[i] = taken[before] if before >= 0 else -1 - before
+        ids = np.empty(count, np.int32)
+        ids[order] = taken
+        cached = [self._blocks(w, ids, first)[: full[w]][::-1] for _, w in self._ended]
+        blank = np.array([taken[i] if i >= 0 else -1 - i for i in spare], np.int32)
+        back = np.concatenate((*cached, blank))
+        manager.pool.release(back, np.arange(len(back)) < len(back) - len(blank))
+        return taken, ids
+
+    def _blank_after(self, w: int, full: int, places: Int64) -> list[int]:
+        """Return the blocks of a run that ends that cannot be found, its tail first: when each was
+        taken, or else -1 - its id.
+        """
+        run = self._runs[w]
+        taken: list[int] = places[max(0, full - run.held) :][::-1].tolist()
+        if full >= run.held:
+            return taken
+        held = self._table.block_table[0, run.row, full : run.held][::-1].tolist()
+        return taken + [-1 - block for block in held]
+
+    def _blocks(self, w: int, ids: Int32, first: Int64) -> Int32:
+        """Return all blocks of a run, in order: those it had, and those it has taken so far."""
+        run, taken = self._runs[w], ids[first[w] : first[w + 1]]
+        if run.entered < 0:
+            return np.concatenate((self._table.block_table[0, run.row, : run.held], taken))
+        return np.concatenate((np.array(run.hits, np.int32), taken)) if run.hits else taken
 
     def _publish(
         self, ids: Int32, first: Int64, before: Int64, after: Int64, sealed: list[bytes]
@@ -231,9 +265,7 @@ class _Taking:
             for _, w in self._ended
         ]
 
-    def _stay(
-        self, tokens: list[_Tokens], ids: Int32, first: Int64, computed: Int64
-    ) -> None:
+    def _stay(self, tokens: list[_Tokens], ids: Int32, first: Int64, computed: Int64) -> None:
         """Write down how far those are who go on."""
         table, scheduler = self._table, self._scheduler
         stay = [w for w, run in enumerate(self._runs) if run.end < 0]
@@ -253,9 +285,14 @@ class _Taking:
                 table.token_ids[run.row, len(known) - drawn : len(known)] = known[-drawn:]
                 table.num_known[run.row] = len(known)
         rows = np.array([self._runs[w].row for w in stay], np.int32)
-        counts = np.diff(first)[stay].astype(np.int32)
-        mine = np.concatenate([ids[first[w] : first[w + 1]] for w in stay])
-        table.append_blocks(rows, counts[None], mine)
+        new = [
+            ids[first[w] : first[w + 1]]
+            if self._runs[w].entered < 0
+            else self._blocks(w, ids, first)
+            for w in stay
+        ]
+        counts = np.array([len(each) for each in new], np.int32)
+        table.append_blocks(rows, counts[None], np.concatenate(new))
         table.num_computed[rows] = table.next_position[rows] = computed[stay]
         table.num_resident[0, rows] = computed[stay]
 

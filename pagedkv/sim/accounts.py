@@ -1,6 +1,5 @@
 """What tenants asked for and got, and what they cost each other: one account each."""
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -56,10 +55,6 @@ class Accounts:
     def evictions(self) -> Int64:
         """[by, from] Blocks of one tenant that another's sequences took."""
         return self._evictions[: len(self.of), : len(self.of)]
-
-    def of_number(self, number: int) -> Account:
-        """Return the account that stands at a place in the order. O(tenants)."""
-        return next(itertools.islice(self.of.values(), number, None))
 
     def ask(self, tenant: str, times: int = 1) -> None:
         """Count what a tenant wants served; one that has no account gets one."""

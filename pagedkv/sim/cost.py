@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from pagedkv.config import CacheConfig, Checked
 from pagedkv.core.arrays import Float64, Int64
-from pagedkv.core.foresight import Pace
+from pagedkv.core.foreseen import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan
 from pagedkv.errors import ConfigError
@@ -173,13 +173,14 @@ class CostModel(Checked, frozen=True, kw_only=True):
 
         def seconds(num_tokens: int, context: float, pairs: float) -> float:
             products = num_tokens * matmul / of_flops
-            return (
+            took: float = (
                 sqrt(weights + products * products)
                 + context * kv / of_bandwidth
                 + pairs * pair / of_attention
                 + reduce(num_tokens)
                 + overhead
             )
+            return took
 
         return seconds
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64, UInt64
-from pagedkv.core.foresight import Pace
+from pagedkv.core.foreseen import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import Observed, StepPlan, StepResult
 from pagedkv.core.request import Sequence

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
-from pagedkv.core.foresight import Steps
+from pagedkv.core.foreseen import Steps
 from pagedkv.core.leap import NEVER, Leg
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan

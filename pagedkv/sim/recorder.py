@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int32, Int64
-from pagedkv.core.foresight import Run
+from pagedkv.core.foreseen import Run
 from pagedkv.core.leap import Leap, Leg
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence

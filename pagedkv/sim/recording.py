@@ -7,7 +7,7 @@ from itertools import count
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32
-from pagedkv.core.foresight import Pace
+from pagedkv.core.foreseen import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan, StepResult
 from pagedkv.core.request import Sequence

@@ -11,12 +11,13 @@ from msgspec import Struct
 from pagedkv.config import EngineConfig
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.errors import ConfigError
+from pagedkv.sim.cluster import Cluster
 from pagedkv.sim.cost import CostModel
 from pagedkv.sim.presets import cost_preset
 from pagedkv.sim.processes import in_processes, most_processes
 from pagedkv.sim.recorder import LATENCIES, Phase
 from pagedkv.sim.served import Served
-from pagedkv.sim.simulator import Cluster, Replica
+from pagedkv.sim.simulator import Replica
 from pagedkv.sim.sketch import Distribution, Series
 from pagedkv.sim.slo import Objective
 from pagedkv.sim.workload import Workload

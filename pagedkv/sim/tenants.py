@@ -89,10 +89,20 @@ class Tenants:
         for account, peak, area in zip(accounts.of.values(), most, spent, strict=True):
             account.block_seconds += area * (float(seconds[0]) if leg is None else 1.0)
             account.most_blocks = max(account.most_blocks, int(peak))
-        width = int(held.max(initial=0))
-        used = np.arange(width) < held[:, :, None]
-        blocks = table.block_table[:, rows, :width][used]
-        self._own(blocks, np.broadcast_to(mine[None, :, None], used.shape)[used], lost)
+        self._own(*self._holders(rows), lost)
+
+    def _holders(self, rows: Int32) -> tuple[Int32, Int32]:
+        """Return the blocks that rows hold, and whose they are: [N] each."""
+        table = self._manager.table
+        held = table.num_blocks[:, rows]
+        used = np.arange(held.max(initial=0)) < held[:, :, None]
+        mine = np.broadcast_to(self._of_row[rows][None, :, None], used.shape)
+        return table.block_table[:, rows, : used.shape[2]][used], mine[used]
+
+    def begin_stride(self) -> None:
+        """Note who holds what; call it before steps are taken at once."""
+        if self._several:
+            self._own(*self._holders(self._manager.table.running), [])
 
     def stride(self, stride: Stride) -> None:
         """Count what is held while steps run that were taken at once."""
@@ -107,19 +117,26 @@ class Tenants:
         ended = np.array([w for w, run in enumerate(runs) if run.end >= 0], np.int64)
         before = np.bincount(mine[ran], held[ran], len(self._accounts))
         # What each tenant's tables gained and lost, and before which step.
-        whose = np.concatenate((mine[ended], mine[stride.taken_by]))
-        step = np.concatenate(([runs[w].end + 1 for w in ended], stride.taken_at)).astype(np.int64)
+        found = np.array([w for w, run in enumerate(runs) if run.hits], np.int64)
+        whose = np.concatenate((mine[ended], mine[found], mine[stride.taken_by]))
+        when = [*(runs[w].end + 1 for w in ended), *(runs[w].entered for w in found)]
+        step = np.concatenate((np.array(when, np.int64), stride.taken_at))
         more = np.ones(len(whose))
         more[: len(ended)] = [-runs[w].ever for w in ended]
+        more[len(ended) : len(ended) + len(found)] = held[found]
         left = sum(seconds) - np.concatenate(([0.0], np.cumsum(seconds)))
         area = before * left[0] + np.bincount(whose, more * left[step], len(before))
+        # The most that each ever has of all that it has gained less all that it has lost.
         order = np.lexsort((more > 0, step, whose))
+        total, begin = np.cumsum(more[order]), np.flatnonzero(np.diff(whose[order], prepend=-1))
+        peak = before.astype(np.float64)
+        if len(begin):
+            gained = np.maximum.reduceat(total, begin) - (total - more[order])[begin]
+            peak[whose[order][begin]] += np.maximum(gained, 0.0)
+        accounts = list(self._accounts.of.values())
         for tenant in np.unique(mine).tolist():
-            account = self._accounts.of_number(tenant)
-            changes = more[order[whose[order] == tenant]]
-            peak = before[tenant] + max(0.0, float(np.cumsum(changes).max(initial=0.0)))
-            account.block_seconds += float(area[tenant])
-            account.most_blocks = max(account.most_blocks, int(peak))
+            accounts[tenant].block_seconds += float(area[tenant])
+            accounts[tenant].most_blocks = max(accounts[tenant].most_blocks, int(peak[tenant]))
         holder = mine[stride.taken_by]
         # A block may be taken again, blank: for what it held, the first that took it counts.
         self._own(stride.blocks[::-1], holder[::-1], lost)
@@ -127,7 +144,7 @@ class Tenants:
         for w in sorted(stride.foreseen.shared, key=lambda w: (runs[w].last, w)):
             self._owner[stride.foreseen.shared[w]] = mine[w]  # the last that holds it stands
 
-    def _own(self, blocks: Int32, holder: Int64, lost: list[Int32]) -> None:
+    def _own(self, blocks: Int32, holder: Int32 | Int64, lost: list[Int32]) -> None:
         """Note who holds blocks now, and whose they were that others took."""
         before = np.concatenate([self._owner[ids] for ids in lost]) if lost else None
         self._owner[blocks] = holder

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from pagedkv import Request, SamplingParams
+from pagedkv.sim.cluster import Cluster
 from pagedkv.sim.content import Content
 from pagedkv.sim.presets import cost_preset
 from pagedkv.sim.recording import Recording
-from pagedkv.sim.simulator import Cluster, Replica
+from pagedkv.sim.simulator import Replica
 from pagedkv.sim.workload import SimRequest, Workload
 
 LLM = pytest.importorskip("pagedkv.device.llm").LLM
