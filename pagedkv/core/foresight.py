@@ -356,7 +356,7 @@ class _Foresight:
     def _end(self, step: int, over: list[int]) -> None:
         """Let sequences end with a step, in the order in which they were admitted."""
         size = self._size
-        for w in sorted(over):
+        for w in over:
             run, base = self._runs[w], self._base[w]
             run.end, resident = step, base + step + 1
             if w in self._since:

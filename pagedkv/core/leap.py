@@ -2,15 +2,13 @@
 
 A leap begins as any step does, with the passes of the scheduler: who goes on, who enters, who is
 pushed back. Then, as long as nothing else can happen, every sequence that draws goes on drawing,
-and a prompt that fills the token budget goes on filling it. Where nobody waits, the others go on
-when some have ended: a leap is a row of legs, and some sequences end with the last step of each.
+and a prompt that fills the token budget goes on filling it. It ends when somebody does.
 
 Whoever knows the tokens beforehand (a simulator, a replay) need not plan each of these steps. This
 is a part of the scheduler in a file of its own, and knows its insides.
 """
 
 from bisect import bisect_left
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,7 +22,7 @@ from pagedkv.core.publisher import Sealed
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
 
-__all__ = ["Leap", "Leg", "begin_leg", "can_foresee", "commit_leg", "extend_leap", "schedule_leap"]
+__all__ = ["Leap", "can_foresee", "commit_leap", "extend_leap", "schedule_leap"]
 
 FAR = 2**30
 NEVER: Int32 = np.empty(0, np.int32)
@@ -40,14 +38,14 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
         drawing: [S] The rows that draw a token in each step; the others' prompts go on after it.
         resident: [groups, B] Tokens resident after the first step.
         known: [S] Tokens that the drawing rows know before.
-        lasts: [S] The step, counted from 1, with which each of them ends.
-        room: The least of those.
+        room: The most steps before one of those is full.
         steps: The most steps, or those to commit; 1 at least.
 
     Known once the leap is extended:
-        sealed: The blocks that rows fill in all of the steps, if that was looked at.
-        sealed_with: [N] Of each row among those, the step that it ends with, or else the last.
-        stops: The steps that legs end with, ascending; the last is ``steps``.
+        batch: What each row computes in all of the steps.
+        sealed: The blocks that rows fill in them, if that was looked at.
+        taken_at: [N] Of each block taken since the decision, the step that took it, counted from 0;
+            ascending.
     """
 
     decision: Decision
@@ -56,56 +54,11 @@ class Leap(Struct, frozen=True, kw_only=True, eq=False):
     drawing: Int64
     resident: Int32
     known: Int32
-    lasts: Int32
     room: int
     steps: int
+    batch: Batch | None = None
     sealed: Sealed | None = None
-    sealed_with: Int32 = NEVER
-    stops: tuple[int, ...] = ()
-
-    @property
-    def passes_ends(self) -> bool:
-        """Whether rows end before the last step; then all rows draw in every step."""
-        return self.steps > self.room
-
-    def draws(self, steps: int) -> Int64:
-        """Return which of its draws, counted from 0, each row makes in the first steps: [K, S].
-
-        A row that has ended makes its last again.
-        """
-        draws = np.arange(steps)[:, None]
-        return np.minimum(draws, self.lasts - 1) if self.passes_ends else draws
-
-
-class Leg(NamedTuple):
-    """Steps of a leap in which the same rows compute.
-
-    Attributes:
-        first, end: Which of the leap's steps, counted from 0.
-        batch: The rows and what each computes in all of them.
-        num_tokens: What they compute in the first of them.
-        then: [B] How many tokens each row computes in every step after it.
-        more: Their sum.
-        drawing: [S] The rows that draw a token in each step.
-        resident: [groups, B] Tokens resident after the first step.
-        taken_at: [N] Of each block taken since the leg before, or the decision, the step of the leg
-            that took it, counted from 0; ascending.
-    """
-
-    first: int
-    end: int
-    batch: Batch
-    num_tokens: int
-    then: Int32
-    more: int
-    drawing: Int64
-    resident: Int32
-    taken_at: Int32
-
-    @property
-    def steps(self) -> int:
-        """How many there are."""
-        return self.end - self.first
+    taken_at: Int32 = NEVER
 
 
 def can_foresee(scheduler: Scheduler) -> bool:
@@ -125,14 +78,13 @@ def can_foresee(scheduler: Scheduler) -> bool:
     )
 
 
-def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -> Leap | None:
+def schedule_leap(scheduler: Scheduler, most: int) -> Leap | None:
     """Decide the next step, as `Scheduler.schedule` does, and for how many steps that holds.
 
     Cautious: where it is not plain that a step repeats the one before, it is not part of the leap.
 
     Args:
         most: Steps, 1 at least.
-        past_ends: Whether it may go on when sequences have ended, if nobody waits for their place.
 
     Returns:
         None, and nothing changed, if the outcome of steps cannot be foreseen. Take an ordinary
@@ -140,7 +92,7 @@ def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -
     """
     if not can_foresee(scheduler):
         return None
-    roster, manager, table = scheduler._roster, scheduler.manager, scheduler.table
+    manager, table = scheduler.manager, scheduler.table
     decision = scheduler._outstanding = scheduler._decide()
     batch = decision.batch
     rows, first = batch.rows.astype(np.intp), batch.counts
@@ -151,12 +103,9 @@ def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -
         left = None
     if left is not None:  # a prompt goes on
         drawing, known = rows[left == 0], known[left == 0]
-    lasts = table.limit[drawing] - known
-    room = last = int(lasts.min(initial=FAR))
-    if past_ends and left is None and not roster.waiting:
-        last = int(lasts.max(initial=1))
+    room = int((table.limit[drawing] - known).min(initial=FAR))
     resident = table.num_resident[:, rows] + first
-    steps = min(most, last, _repeats(scheduler, decision, left))
+    steps = min(most, room, _repeats(scheduler, decision, left))
     if steps > 1:
         if left is not None:
             then[-1] = chunk = _chunk(scheduler, len(rows))
@@ -169,7 +118,6 @@ def schedule_leap(scheduler: Scheduler, most: int, *, past_ends: bool = False) -
         drawing=drawing,
         resident=resident,
         known=known,
-        lasts=lasts,
         room=room,
         steps=steps,
     )
@@ -248,112 +196,63 @@ def _growth_steps(
 
 
 def extend_leap(scheduler: Scheduler, leap: Leap, token_ids: Int32) -> Leap:
-    """Say what the steps of a leap will draw.
+    """Say what the steps of a leap will draw, and give its rows the blocks that these would have.
 
     Args:
         leap: What `schedule_leap` gave last.
         token_ids: [K, S] What each of K steps, at most the leap's, draws for each of the rows that
-            draw, in their order; valid ids. Of rows that end before, their last again.
+            draw, in their order; valid ids.
 
     Returns:
         The leap with the steps to commit: K, or only the first if they depend on each other's
         order, because a block is about to be sealed whose content is cached elsewhere.
     """
     manager, table, steps = scheduler.manager, scheduler.table, len(token_ids)
-    leap = msgspec.structs.replace(leap, steps=steps)
+    batch, replace = leap.decision.batch, msgspec.structs.replace
     table.reserve_tokens(int(leap.known.max(initial=0)) + steps)
     at = leap.drawing * table.token_ids.shape[1] + leap.known
-    table.token_ids.reshape(-1)[at + leap.draws(steps)] = token_ids
+    table.token_ids.reshape(-1)[at + np.arange(steps)[:, None]] = token_ids
     if steps == 1:
-        return msgspec.structs.replace(leap, stops=(1,))
-    sealed = manager.about_to_fill(_over(leap, steps))
+        return replace(leap, steps=1, batch=batch)
+    counts: Int32 = batch.counts + np.int32(steps - 1) * leap.then
+    whole = batch.over(counts, batch.num_tokens + (steps - 1) * leap.more)
+    sealed = manager.about_to_fill(whole)
     if _collide(manager, sealed):
-        return msgspec.structs.replace(leap, steps=1, stops=(1,))
+        return replace(leap, steps=1, batch=batch)
+    taken_at = _grow(manager, batch, leap.resident, leap.then, steps - 1)
     sealed = sealed._replace(are_new=True)
-    if not leap.passes_ends:
-        return msgspec.structs.replace(leap, sealed=sealed, stops=(steps,))
-    ends = np.full(table.num_rows, steps, np.int32)
-    ends[leap.drawing] = np.minimum(leap.lasts, steps)
-    stops = tuple(sorted({steps, *ends[leap.drawing].tolist()}))
-    return msgspec.structs.replace(leap, sealed=sealed, sealed_with=ends[sealed.rows], stops=stops)
+    return replace(leap, steps=steps, batch=whole, sealed=sealed, taken_at=taken_at)
 
 
-def _over(leap: Leap, steps: int) -> Batch:
-    """Return the batch of a leap's first step as that of so many steps."""
-    batch = leap.decision.batch
-    counts: Int32
-    if steps > leap.room:
-        counts = batch.counts + np.minimum(leap.lasts, steps) - np.int32(1)
-        return batch.over(counts, int(counts.sum()))
-    counts = batch.counts + np.int32(steps - 1) * leap.then
-    return batch.over(counts, batch.num_tokens + (steps - 1) * leap.more)
-
-
-def begin_leg(scheduler: Scheduler, leap: Leap, before: Leg | None) -> Leg:
-    """Give the rows of an extended leap's next leg the very blocks that its steps would have.
-
-    Args:
-        before: The leg before, which is committed; None for the first.
-    """
-    manager = scheduler.manager
-    if before is None:
-        end, batch, taken_at = leap.stops[0], leap.decision.batch, NEVER
-        tokens, whole = batch.num_tokens, batch
-        if end > 1:
-            whole = _over(leap, end)
-            taken_at = _grow(manager, batch, leap.resident, leap.then, end - 1)
-        return Leg(
-            0, end, whole, tokens, leap.then, leap.more, leap.drawing, leap.resident, taken_at
-        )
-    first, end = before.end, next(stop for stop in leap.stops if stop > before.end)
-    on = leap.lasts > first
-    rows, steps = leap.decision.batch.rows[on], end - first
-    many, then = len(rows), leap.then[on]
-    batch = Batch(scheduler.table, rows, then * np.int32(steps), many * steps)
-    resident = leap.resident[:, on] + np.int32(first)
-    taken_at = _grow(manager, batch, resident, then, steps - 1)
-    return Leg(first, end, batch, many, then, many, leap.drawing[on], resident, taken_at)
-
-
-def commit_leg(scheduler: Scheduler, leap: Leap, leg: Leg) -> list[FinishedSequence]:
-    """Count a leg's steps as taken: the state is as after as many plans and commits.
+def commit_leap(scheduler: Scheduler, leap: Leap) -> list[FinishedSequence]:
+    """Count an extended leap's steps as taken: the state is as after as many plans and commits.
 
     Returns:
         The sequences that ended in the last step.
     """
-    table, roster, steps = scheduler.table, scheduler._roster, leg.steps
-    if not leg.first:
-        scheduler._outstanding = None
-        scheduler.tier.commit()
-    batch, known = leg.batch, table.num_known[leg.drawing] + np.int32(steps)
+    table, roster, steps, batch = scheduler.table, scheduler._roster, leap.steps, leap.batch
+    assert batch is not None
+    scheduler._outstanding = None
+    scheduler.tier.commit()
+    known = leap.known + np.int32(steps)
     scheduler.tenants.charge(batch.tenants, batch.first_time)
-    scheduler.manager.advance(batch, _sealed_by(leap, leg))
-    table.num_known[leg.drawing] = known
-    all_draw = len(leg.drawing) == len(batch.rows)
-    tenants = batch.tenants if all_draw else table.tenant[leg.drawing]
+    scheduler.manager.advance(batch, leap.sealed)
+    table.num_known[leap.drawing] = known
+    all_draw = len(leap.drawing) == len(batch.rows)
+    tenants = batch.tenants if all_draw else table.tenant[leap.drawing]
     scheduler.tenants.charge(tenants, steps)
-    undecided = steps if leg.first else steps - 1
     if scheduler.config.scheduler.admission == "optimistic":
-        for _ in range(undecided):
+        for _ in range(steps - 1):
             scheduler.admission.step()
-    scheduler.totals.num_steps += undecided
-    scheduler.totals.generation_tokens += steps * len(leg.drawing)
-    if leg.end >= leap.room:
-        full, last = known >= table.limit[leg.drawing], table.token_ids[leg.drawing, known - 1]
-        scheduler._finish_ended(leg.drawing, last, np.zeros(len(full), np.bool_), full)
+    scheduler.totals.num_steps += steps - 1
+    scheduler.totals.generation_tokens += steps * len(leap.drawing)
+    if steps >= leap.room:
+        full, last = known >= table.limit[leap.drawing], table.token_ids[leap.drawing, known - 1]
+        scheduler._finish_ended(leap.drawing, last, np.zeros(len(full), np.bool_), full)
     finished, roster.finished = roster.finished, []
-    if scheduler._audits and leg.end == leap.steps:
+    if scheduler._audits:
         scheduler.audit()
     return finished
-
-
-def _sealed_by(leap: Leap, leg: Leg) -> Sealed | None:
-    """Return the blocks to make findable with a leg: of rows that end with it, before they let go
-    of them, all that they fill in the leap; and with the last leg all others'.
-    """
-    if leap.sealed is None or len(leap.stops) == 1:
-        return leap.sealed
-    return leap.sealed.of((leap.sealed_with == leg.end).nonzero()[0])
 
 
 def _collide(manager: BlockManager, sealed: Sealed) -> bool:

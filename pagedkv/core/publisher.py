@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.core.arrays import Int32, Int64
+from pagedkv.core.arrays import Int32
 from pagedkv.core.batch import Batch
 from pagedkv.core.pool import BlockPool
 from pagedkv.core.prefix import PrefixIndex, block_digest, extend_chain, runs
@@ -31,15 +31,6 @@ class Sealed(NamedTuple):
     end: Int32
     digests: list[bytes]
     are_new: bool = False
-
-    def of(self, chosen: Int64) -> "Sealed":
-        """Return those of the rows with these indices."""
-        counts = self.end - self.first
-        stop = np.cumsum(counts)
-        spans = zip((stop - counts)[chosen].tolist(), stop[chosen].tolist(), strict=True)
-        digests = [digest for begin, end in spans for digest in self.digests[begin:end]]
-        rows, first, end = (column[chosen] for column in self[:3])
-        return Sealed(rows, first, end, digests, self.are_new)
 
 
 NO_ROWS: Int32 = np.empty(0, np.int32)

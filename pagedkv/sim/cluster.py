@@ -164,7 +164,7 @@ class Cluster:
             if len(behind) > 1 and self._feeds_back:
                 horizon = min(r.clock for r in behind if r is not replica)
                 horizon = max(horizon, np.nextafter(replica.clock, np.inf))
-            ended = replica.advance(horizon, past_ends=not self._feeds_back)
+            ended = replica.advance(horizon)
             if ended:
                 for request, served in ended:
                     self._follow(request if served else None, replica.clock)

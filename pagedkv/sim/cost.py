@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from pagedkv.config import CacheConfig, Checked
-from pagedkv.core.arrays import Float64, Int64
+from pagedkv.core.arrays import Float64
 from pagedkv.core.foreseen import Pace
 from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepPlan
@@ -261,18 +261,12 @@ def leap_work(leap: Leap, block_size: int) -> StepWork:
         counts = batch.counts.astype(np.int64)
         pairs = int((resident @ counts).sum()) - groups * int(counts @ counts) / 2
     step: Float64 = np.arange(leap.steps, dtype=np.float64)
-    if leap.passes_ends:
-        many, begun = _left_in(leap)
-        contexts = begun + step * (groups * many)
-        later, later_pairs = many, contexts - groups / 2 * many
-    else:
-        chunk = leap.more - rows + 1  # what the last row computes later; 1 if it draws as others do
-        base = context + (chunk - 1) * int(resident[:, -1].sum()) if chunk > 1 else context
-        contexts = step * (groups * leap.more) + context
-        later = np.full(leap.steps, leap.more)
-        later_pairs = (step - 0.5) * (groups * (rows - 1 + chunk * chunk)) + base
+    chunk = leap.more - rows + 1  # what the last row computes later; 1 if it draws as others do
+    base = context + (chunk - 1) * int(resident[:, -1].sum()) if chunk > 1 else context
+    contexts = step * (groups * leap.more) + context
+    later_pairs = (step - 0.5) * (groups * (rows - 1 + chunk * chunk)) + base
     work = StepWork(
-        num_tokens=later,
+        num_tokens=np.full(leap.steps, leap.more),
         context_tokens=contexts / groups,
         attention_pairs=later_pairs / groups,
         copied_tokens=_at_first((len(copies) * block_size + len(moves)) / groups, step),
@@ -280,16 +274,6 @@ def leap_work(leap: Leap, block_size: int) -> StepWork:
     )
     work.num_tokens[0], work.attention_pairs[0] = batch.num_tokens, pairs / groups
     return work
-
-
-def _left_in(leap: Leap) -> tuple[Int64, Float64]:
-    """Return how many rows take part in each step of a leap that passes ends, and the tokens that
-    they had resident after the first: [steps] each.
-    """
-    ends, steps = np.minimum(leap.lasts, leap.steps), leap.steps
-    gone = np.bincount(ends, minlength=steps + 1)[:steps].cumsum()
-    gone_tokens = np.bincount(ends, leap.resident.sum(axis=0), steps + 1)[:steps].cumsum()
-    return len(ends) - gone, float(leap.resident.sum()) - gone_tokens
 
 
 def _at_first(tokens: float, step: Float64) -> Any:

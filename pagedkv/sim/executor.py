@@ -105,7 +105,7 @@ class CostExecutor:
             self._seq_ids[row] = table.seq_id[row]
             self._prepare(row, int(table.sampling["seed"][row]), table)
         first = rows * self._answers.shape[1] + table.num_known[rows] - table.num_prompt[rows]
-        tokens: Int32 = self._answers.reshape(-1)[first + leap.draws(num_steps)]
+        tokens: Int32 = self._answers.reshape(-1)[first + np.arange(num_steps)[:, None]]
         return tokens
 
     def _prepare(self, row: int, stream: int, table: SequenceTable) -> None:

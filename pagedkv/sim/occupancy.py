@@ -6,7 +6,7 @@ import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.foreseen import Steps
-from pagedkv.core.leap import NEVER, Leg
+from pagedkv.core.leap import NEVER, Leap
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.plan import StepPlan
 from pagedkv.core.scheduler import Scheduler
@@ -35,7 +35,7 @@ class Pool(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """A step, or those of a leg: how long, which took how many blocks, what they began with."""
+    """A step, or those of a leap: how long, which took how many blocks, what they began with."""
 
     ends: Float64
     seconds: Float64
@@ -54,7 +54,7 @@ class _Stretch(NamedTuple):
 class Occupancy:
     """Series of one engine's pool, and the busiest second of its clock.
 
-    Steps and legs of leaps are kept as they are and unfolded many at once.
+    Steps and leaps are kept as they are and unfolded many at once.
 
     Attributes:
         series: Of the quantities in `SERIES`.
@@ -155,28 +155,29 @@ class Occupancy:
         ends, took = np.array([end]), np.array([seconds])
         self._keep(self._planned._replace(ends=ends, seconds=took, drawn=drawn))
 
-    def leg(self, leg: Leg, pool: Pool, ends: Float64, seconds: Float64) -> None:
-        """Take in a leg before it is committed.
+    def leap(self, leap: Leap, pool: Pool, ends: Float64, seconds: Float64) -> None:
+        """Take in an extended leap before it is committed.
 
         Args:
             pool: As it was before its blocks were taken.
             ends, seconds: [K] When each of its steps ended, and how long it took.
         """
-        entries, wasted = self._in_use(leg.num_tokens, len(leg.taken_at))
+        first = leap.decision.batch.num_tokens
+        entries, wasted = self._in_use(first, len(leap.taken_at))
         self._keep(
             _Stretch(
                 ends=ends,
                 seconds=seconds,
-                taken_at=leg.taken_at,
+                taken_at=leap.taken_at,
                 pool=pool,
                 running=self._running,
                 waiting=self._scheduler.num_waiting,
                 wasted=wasted,
                 entries=entries,
-                freed=len(leg.resident) * leg.more,
-                first=leg.num_tokens,
-                then=leg.more,
-                drawn=len(leg.drawing),
+                freed=len(leap.resident) * leap.more,
+                first=first,
+                then=leap.more,
+                drawn=len(leap.drawing),
             )
         )
 
@@ -215,7 +216,7 @@ class Occupancy:
         stretches, self._stretches = self._stretches, []
         steps = np.array([len(each.ends) for each in stretches])
         start = np.cumsum(steps) - steps
-        # What each step is like, from what its leg began with.
+        # What each step is like, from what its leap began with.
         facts = np.repeat(np.array([(*e.pool, *e[4:]) for e in stretches]), steps, axis=0)
         held, cached, blank, running, waiting, wasted, entries, freed, first, then, drawn = facts.T
         repeat = np.arange(len(facts)) - np.repeat(start, steps)
@@ -237,7 +238,7 @@ class Occupancy:
 
     @staticmethod
     def _taken_so_far(stretches: list[_Stretch], start: Int64, steps: Int64) -> Int64:
-        """Return how many blocks each step's leg had taken by then."""
+        """Return how many blocks each step's leap had taken by then."""
         taken_at = np.concatenate([each.taken_at for each in stretches])
         of = np.repeat(start, [len(each.taken_at) for each in stretches])
         taken: Int64 = np.bincount(taken_at + of, minlength=int(steps.sum()))

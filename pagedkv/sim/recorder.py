@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from pagedkv.core.arrays import Float64, Int32, Int64
 from pagedkv.core.foreseen import Run
-from pagedkv.core.leap import Leap, Leg
+from pagedkv.core.leap import Leap
 from pagedkv.core.plan import StepOutput, StepPlan
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.scheduler import Scheduler
@@ -225,35 +225,25 @@ class Recorder:
 
     # Steps, by the array
 
-    def leap(self, leap: Leap, begin: float, ends: Float64) -> None:
-        """Take in an extended leap before its first leg begins.
+    def leap(self, leap: Leap, pool: Pool, begin: float, ends: Float64, seconds: Float64) -> None:
+        """Take in an extended leap before it is committed.
 
         Args:
+            pool: As it was before its blocks were taken.
             begin: When its first step began.
-            ends: [at least K] When each step ended.
+            ends, seconds: [K] When each step ended, and how long it took.
         """
         batch, drawing = leap.decision.batch, leap.drawing
         self.begin(batch.rows, batch.seq_ids, begin)
         all_draw = len(drawing) == len(batch.rows)
         seq_ids = batch.seq_ids if all_draw else self._scheduler.table.seq_id[drawing]
-        self._draw(drawing, seq_ids, float(ends[0]), float(ends[leap.steps - 1]))
-
-    def leg(self, leg: Leg, pool: Pool, ends: Float64, seconds: Float64) -> None:
-        """Take in a leg before it is committed.
-
-        Args:
-            pool: As it was before its blocks were taken.
-            ends, seconds: [at least K] When each step of the leap ended, and how long it took.
-        """
-        gaps = slice(max(leg.first, 1), leg.end)  # the leap's first step was looked at
-        if gaps.stop > gaps.start:
-            after = ends[gaps]
-            self.latency["itl"].add(after - ends[gaps.start - 1 : gaps.stop - 1], len(leg.drawing))
+        self._draw(drawing, seq_ids, float(ends[0]), float(ends[-1]))
+        if len(ends) > 1:
+            self.latency["itl"].add(np.diff(ends), len(drawing))
             if self.detail is not None:
-                self.detail.draw(self._scheduler.table.seq_id[leg.drawing], after)
-        steps = slice(leg.first, leg.end)
-        self.occupancy.leg(leg, pool, ends[steps], seconds[steps])
-        self.tenants.step(leg.batch.rows, seconds[steps], leg)
+                self.detail.draw(seq_ids, ends[1:])
+        self.occupancy.leap(leap, pool, ends, seconds)
+        self.tenants.step(batch.rows, seconds, leap)
 
     def stride(self, stride: Stride, asked: list[Asked], begin: float) -> None:
         """Take in steps that were taken at once.

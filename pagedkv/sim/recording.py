@@ -92,9 +92,8 @@ class Recording(CostExecutor):
         rows = leap.drawing
         position = (table.num_known[rows] - table.num_prompt[rows]).tolist()
         seeds = table.sampling["seed"][rows].tolist()
-        draws = np.broadcast_to(leap.draws(num_steps), (num_steps, len(rows))).T.tolist()
         drawn = [
-            [self._token(seed, at + i) for i in row]
-            for seed, at, row in zip(seeds, position, draws, strict=True)
+            [self._token(seed, at + i) for i in range(num_steps)]
+            for seed, at in zip(seeds, position, strict=True)
         ]
         return np.array(drawn, np.int32).reshape(len(rows), num_steps).T

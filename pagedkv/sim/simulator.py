@@ -7,7 +7,7 @@ from pagedkv.core.arrays import Float64
 from pagedkv.core.engine import Engine
 from pagedkv.core.foreseen import Arrival
 from pagedkv.core.foresight import foresee
-from pagedkv.core.leap import begin_leg, commit_leg, extend_leap, schedule_leap
+from pagedkv.core.leap import commit_leap, extend_leap, schedule_leap
 from pagedkv.core.request import FinishedSequence, Request, SamplingParams, Sequence
 from pagedkv.core.scheduler import Scheduler
 from pagedkv.core.stride import take_stride
@@ -126,18 +126,15 @@ class Replica:
             return f"of tenant {request.tenant!r}, who is none of {', '.join(map(repr, names))}"
         return "not accepted"
 
-    def advance(self, until: float, *, past_ends: bool = False) -> list[tuple[SimRequest, bool]]:
+    def advance(self, until: float) -> list[tuple[SimRequest, bool]]:
         """Step until the clock reaches ``until``, nothing is left, or requests have ended.
-
-        Args:
-            past_ends: Whether a leap in which some end may go on: nobody needs to know when.
 
         Returns:
             The requests that ended in the last step, or leap, and of each whether it was served.
         """
         ended: list[tuple[SimRequest, bool]] = []
         while not ended and self.clock < until and self.busy:
-            leaping = self._leap(until, past_ends=past_ends) if self._leaps else None
+            leaping = self._leap(until) if self._leaps else None
             finished = self._step() if leaping is None else leaping
             ended = [
                 (self._requests.pop(end.request_id), end.finish_reason != "error")
@@ -163,7 +160,7 @@ class Replica:
                 ended += len(finished)
                 continue
             coming = self._asked[0].request.arrival if self._asked else until
-            ended += len(self.advance(min(until, coming), past_ends=True))
+            ended += len(self.advance(min(until, coming)))
 
     def _stride(self, until: float) -> list[FinishedSequence] | None:
         """Take all steps at once that can be foreseen; who ended. None, and nothing happened, if
@@ -204,33 +201,26 @@ class Replica:
                 where=f"step {self.scheduler.totals.num_steps - 1}",
             )
 
-    def _leap(self, until: float, *, past_ends: bool) -> list[FinishedSequence] | None:
+    def _leap(self, until: float) -> list[FinishedSequence] | None:
         """Take steps as one until the clock reaches ``until``, or as long as they are alike; who
         ended. None, and nothing happened, if that cannot be foreseen.
         """
-        scheduler = self.scheduler
-        leap = schedule_leap(scheduler, _LONGEST_LEAP, past_ends=past_ends)
+        scheduler, executor = self.scheduler, self.executor
+        leap = schedule_leap(scheduler, _LONGEST_LEAP)
         if leap is None:
             return None
-        rows = leap.decision.batch.rows
-        seconds = self.executor.leap_seconds(leap) if len(rows) else np.zeros(1)
+        rows, pool = leap.decision.batch.rows, Pool.of(scheduler.manager)
+        seconds = executor.leap_seconds(leap) if len(rows) else np.zeros(1)
         ends = _ends(self.clock, seconds, until)
-        leap = extend_leap(
-            scheduler, leap, self.executor.leap_tokens(scheduler.table, leap, len(ends))
-        )
-        self.recorder.leap(leap, self.clock, ends)
-        finished: list[FinishedSequence] = []
-        leg = None
-        for stop in leap.stops:
-            pool = Pool.of(scheduler.manager)
-            leg = begin_leg(scheduler, leap, leg)
-            self.recorder.leg(leg, pool, ends, seconds)
-            ended = commit_leg(scheduler, leap, leg)
-            self.recorder.end(ended, float(ends[stop - 1]))
-            finished += ended
+        token_ids = executor.leap_tokens(scheduler.table, leap, len(ends))
+        leap = extend_leap(scheduler, leap, token_ids)
+        ends, seconds = ends[: leap.steps], seconds[: leap.steps]
+        self.recorder.leap(leap, pool, self.clock, ends, seconds)
+        finished = commit_leap(scheduler, leap)
+        executor.land(leap, float(ends[-1]))
+        self.clock = executor.clock
+        self.recorder.end(finished, self.clock)
         self._check_progress(len(rows), finished)
-        self.executor.land(leap, float(ends[leap.steps - 1]))
-        self.clock = self.executor.clock
         self.num_leaps += leap.steps > 1
         return finished
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pagedkv.core.arrays import Float64, Int32, Int64
-from pagedkv.core.leap import Leg
+from pagedkv.core.leap import Leap
 from pagedkv.core.manager import BlockManager
 from pagedkv.core.request import FinishedSequence
 from pagedkv.core.stride import Stride
@@ -64,30 +64,30 @@ class Tenants:
         """Book a request that was served to its end."""
         self._accounts.finish(request, ended, ttft, e2el, good=good)
 
-    def step(self, rows: Int32, seconds: Float64, leg: Leg | None = None) -> None:
-        """Count what is held while a step, or a leg, runs; call it before ends free theirs.
+    def step(self, rows: Int32, seconds: Float64, leap: Leap | None = None) -> None:
+        """Count what is held while a step, or a leap, runs; call it before ends free theirs.
 
         Args:
             seconds: [K] How long each of the steps took.
-            leg: If they are the steps of one.
+            leap: If they are the steps of one.
         """
         lost, self._lost[:] = list(self._lost), []
         if not self._several:
             return
         table, accounts = self._manager.table, self._accounts
         if len(seconds) == 1:  # who runs and does not compute holds blocks as well
-            rows, leg = table.running, None
+            rows, leap = table.running, None
         mine = self._of_row[rows]
         held = table.num_blocks[:, rows]
         most = np.bincount(mine, held.sum(axis=0), len(accounts)).tolist()
         spent = most
-        if leg is not None:  # blocks were taken on the way
-            repeats = np.arange(len(seconds))[:, None, None] * leg.then
-            blocks_then = -(-(leg.resident + repeats) // table.block_size)
+        if leap is not None:  # blocks were taken on the way
+            repeats = np.arange(len(seconds))[:, None, None] * leap.then
+            blocks_then = -(-(leap.resident + repeats) // table.block_size)
             weighed = np.tensordot(seconds, blocks_then.sum(axis=1), 1)
             spent = np.bincount(mine, weighed, len(accounts)).tolist()
         for account, peak, area in zip(accounts.of.values(), most, spent, strict=True):
-            account.block_seconds += area * (float(seconds[0]) if leg is None else 1.0)
+            account.block_seconds += area * (float(seconds[0]) if leap is None else 1.0)
             account.most_blocks = max(account.most_blocks, int(peak))
         self._own(*self._holders(rows), lost)
 

@@ -79,7 +79,6 @@ def test_the_work_of_a_leap_is_each_step_s_own():
         then=np.array([1, 1, 8], np.int32),
         more=10,
         drawing=np.array([0, 1]),
-        lasts=np.array([9, 12], np.int32),
         room=9,
         resident=np.array([[6, 18, 120]], np.int32),
         known=np.array([6, 18], np.int32),
@@ -95,30 +94,6 @@ def test_the_work_of_a_leap_is_each_step_s_own():
         assert work.context_tokens[step] == sum(resident)
         assert work.attention_pairs[step] == pairs
         assert work.swapped_tokens[step] == (48 if step == 0 else 0)
-
-
-def test_rows_that_have_ended_are_no_work():
-    """Two groups; three rows decode, of which one ends with each of the first two steps."""
-    nothing, rows = np.zeros((0, 2), np.int64), np.arange(3, dtype=np.int32)
-    batch = Batch(SequenceTable(3, 16, 2), rows, np.ones(3, np.int32))
-    leap = Leap(
-        decision=Decision(0, batch, nothing, (nothing, nothing), nothing),
-        then=np.ones(3, np.int32),
-        more=3,
-        drawing=np.arange(3),
-        lasts=np.array([2, 9, 1], np.int32),
-        room=1,
-        resident=np.array([[6, 18, 120], [6, 16, 32]], np.int32),
-        known=np.array([6, 18, 120], np.int32),
-        steps=4,
-    )
-    work = leap_work(leap, 16)
-    assert work.num_tokens.tolist() == [3, 2, 1, 1]
-    contexts = [(144 + 54) / 2, (7 + 19 + 7 + 17) / 2, (20 + 18) / 2, (21 + 19) / 2]
-    assert work.context_tokens.tolist() == contexts
-    # A row that draws attends to all it has, but for half of its own token.
-    pairs = [contexts[i] - work.num_tokens[i] / 2 for i in range(4)]
-    assert work.attention_pairs.tolist() == pairs
 
 
 def test_a_fit_finds_the_numbers_that_made_the_times():

@@ -170,7 +170,8 @@ def test_leaps_are_taken():
     assert found.summary["num_steps"] == 200
 
 
-def test_a_leap_goes_on_past_ends_unless_somebody_has_to_know_of_them():
+def test_a_leap_ends_with_whoever_ends():
+    """Somebody has to know: who waits for an answer, or for a place among few users."""
     asks = [request(0, 10, outputs, key) for key, outputs in enumerate((50, 100, 100, 200))]
     alone = pagedkv.simulate(config(400), listed(*asks))
     assert (alone.summary["num_steps"], alone.summary["num_leaps"]) == (200, 1)

@@ -1,0 +1,168 @@
+"""Many decisions as one: strides pass arrivals and ends, find cached prefixes, change nothing."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import pagedkv
+from pagedkv.core.foreseen import Arrival
+from pagedkv.core.foresight import foresee
+from pagedkv.core.reclaim import CachedOrder
+from pagedkv.core.request import Request, SamplingParams
+from pagedkv.core.scheduler import Scheduler
+from pagedkv.sim.cost import StepWork
+from pagedkv.sim.presets import COSTS, cost_preset
+from tests.sim.test_simulator import both_ways, outcome, pools
+from tests.sim.workloads import config, listed, quoting, request
+
+
+def in_words(phases):
+    return sorted((each.request, each.kind, each.row, each.begin, each.end) for each in phases)
+
+
+@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([0.5, 5.0, 20.0, 60.0, math.inf]),
+    num_tenants=st.sampled_from([1, 3]),
+    num_blocks=st.sampled_from([70, 90, 150, 400, 2000]),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    caching=st.sampled_from([True, True, True, False]),
+    replicas=st.sampled_from([1, 1, 2]),
+    num_cpu_blocks=st.sampled_from([0, 40]),
+    scheduler=st.fixed_dictionaries(
+        {
+            "max_num_seqs": st.sampled_from([2, 8, 32]),
+            "max_num_batched_tokens": st.sampled_from([8, 20, 64, 200]),
+            "admission": st.sampled_from(["greedy", "greedy", "optimistic", "guaranteed"]),
+            "max_skips": st.sampled_from([0, 0, 2]),
+            "watermark": st.sampled_from([0.0, 0.1]),
+        }
+    ),
+)
+def test_strides_change_nothing(
+    seed, rate, num_tenants, num_blocks, block_size, caching, replicas, num_cpu_blocks, scheduler
+):
+    setup = config(num_blocks, block_size, **scheduler)
+    cache = msgspec.structs.replace(
+        setup.cache, enable_prefix_caching=caching, num_cpu_blocks=num_cpu_blocks
+    )
+    setup = msgspec.structs.replace(setup, cache=cache)
+    asked = quoting(seed, rate, block_size, num_tenants)
+    found = []
+    for leap in (False, True):
+        schedulers = []
+        ran = pagedkv.simulate(
+            setup,
+            asked,
+            leap=leap,
+            prepare=schedulers.append,
+            replicas=replicas,
+            watch=True,
+            detail=True,
+        )
+        exact, close, counts = outcome(ran)
+        details = {name: ran.summary[name] for name in ("ttfts", "itls", "e2els", "start_times")}
+        phases = [in_words(each) for each in ran.phases]
+        found.append((exact, counts, pools(schedulers), details, phases, close, ran))
+    for slow, fast in zip(found[0][:5], found[1][:5], strict=True):
+        assert fast == slow
+    assert found[1][5] == pytest.approx(found[0][5])
+    slow, fast = (each[6].occupancy.table() for each in found)
+    for name in slow:
+        assert fast[name] == pytest.approx(slow[name], abs=1e-6), name
+
+
+def spread(count, **fields):
+    """Requests that come one after the other, some while others run; nothing is shared."""
+    return listed(*(request(0.02 * i, 20 + i % 7, 30, i, **fields) for i in range(count)))
+
+
+def test_a_stride_passes_arrivals_and_ends():
+    slow, fast = both_ways(config(4000, max_num_seqs=64), spread(100))
+    assert slow[:4] == fast[:4]
+    assert fast[4] == 1
+
+
+def test_a_stride_passes_those_who_find_what_others_have_computed():
+    """A prompt of many is cached already when the others come; each reads it from there."""
+    first = request(0.0, 64, 5, 0)
+    others = [request(5 + 0.02 * i, 9, 30, 10 + i) for i in range(60)]
+    others = [msgspec.structs.replace(each, prompt=first.prompt + each.prompt) for each in others]
+    slow, fast = both_ways(config(4000, max_num_seqs=64), listed(first, *others))
+    assert slow[:4] == fast[:4]
+    assert fast[0]["prefix_cache_hit_rate"] > 0.8
+    assert fast[4] == 2, "the first alone, and all others together"
+
+
+def test_a_prefix_that_would_be_reclaimed_first_is_not_counted_on():
+    """Found now, but by the time its reader comes others have taken its blocks."""
+    old = request(0.0, 64, 2, 0)
+    flood = [request(10 + 0.2 * i, 100, 8, 10 + i) for i in range(12)]
+    again = msgspec.structs.replace(request(12.5, 64, 8, 0), prompt=old.prompt)
+    soon = msgspec.structs.replace(request(10.1, 64, 8, 0), prompt=old.prompt)
+    for reader, hits in ((again, False), (soon, True)):
+        asked = sorted([old, *flood, reader], key=lambda each: each.arrival)
+        slow, fast = both_ways(config(100, max_num_seqs=8), listed(*asked))
+        assert slow[:4] == fast[:4]
+        assert (fast[0]["prefix_cache_hit_rate"] > 0) == hits
+
+
+def test_foreseeing_changes_nothing():
+    scheduler = Scheduler(config(300, max_num_seqs=16))
+
+    def asked(number):
+        sampling = SamplingParams(max_tokens=20, seed=number, ignore_eos=True)
+        prompt = np.arange(30, dtype=np.int32) + number
+        return scheduler.prepare(
+            Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling)
+        )
+
+    for number in range(3):
+        scheduler.enlist(asked(number))
+    before = scheduler.stats(), pools([scheduler])
+    coming = [Arrival(0.5 * number, asked(number)) for number in range(3, 9)]
+    found = [foresee(scheduler, coming, 0.0, lambda *_: 0.1) for _ in range(2)]
+    assert (scheduler.stats(), pools([scheduler])) == before
+    assert found[0].steps == found[1].steps
+    assert found[0].steps.tokens[0] == 64, "all that fits of three prompts of 30"
+    assert len(found[0].came) == 6
+    assert all(run.row < 0 or run.end >= 0 for run in found[0].runs), "all end"
+
+
+def test_nobody_is_foreseen_who_may_stop():
+    scheduler = Scheduler(config(300))
+    sampling = SamplingParams(max_tokens=20, stop_token_ids=[3])
+    group = scheduler.prepare(Request(request_id="a", prompt_token_ids=[1, 2], sampling=sampling))
+    assert foresee(scheduler, [Arrival(0.0, group)], 0.0, lambda *_: 0.1) is None
+    scheduler.enlist(group)
+    assert foresee(scheduler, [], 0.0, lambda *_: 0.1) is None
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from(sorted(COSTS)),
+    tokens=st.integers(1, 10_000),
+    context=st.integers(1, 10**8),
+    halves=st.integers(1, 10**10),
+)
+def test_pace_is_seconds_to_the_bit(name, tokens, context, halves):
+    cost = cost_preset(name)
+    work = StepWork(num_tokens=tokens, context_tokens=float(context), attention_pairs=halves / 2)
+    assert cost.pace()(tokens, float(context), halves / 2) == float(cost.seconds(work))
+
+
+@given(st.lists(st.integers(0, 19), unique=True, min_size=1), st.data())
+def test_how_many_go_before(pushed, data):
+    order = CachedOrder(np.zeros(20, np.int32))
+    order.push(np.array(pushed, np.int32))
+    taken = data.draw(st.lists(st.sampled_from(pushed), unique=True))
+    order.remove(np.array(taken, np.int32))
+    left = [block for block in pushed if block not in taken]
+    asked = data.draw(st.lists(st.integers(0, 19), unique=True))
+    places = [left.index(block) for block in asked if block in left]
+    assert order.num_before(np.array(asked, np.int32)) == min(places, default=len(left))
