@@ -116,9 +116,7 @@ class _Foresight:
         """Look at who runs and waits; return whether that is plain."""
         table, rows, at = self._scheduler.table, self._rows, at_rows(self._rows)
         known, computed = table.num_known[at], table.num_computed[at]
-        held = -(-computed // self._size)
-        plain = table.publishes[at] & (table.num_blocks[0, at] == held)
-        if not plain.all() or ((known - computed)[:-1] != 1).any():
+        if not table.publishes[at].all() or ((known - computed)[:-1] != 1).any():
             return False
         self._queue.extend(self._scheduler._roster.waiting)
         if any(seq.num_preemptions for seq in self._queue):

@@ -297,7 +297,9 @@ class _Taking:
         table.num_resident[0, rows] = computed[stay]
 
     def _count(self, tokens: list[_Tokens], before: Int64, computed: Int64) -> None:
-        """Count what was computed and drawn."""
+        """Count what was computed and drawn: for each tenant as a sum, whenever it was. Only the
+        order of ``fair`` looks at it step by step, and that is not foreseen.
+        """
         scheduler, runs = self._scheduler, self._runs
         drawn: Int64 = np.array([each.drawn for each in tokens], np.int64)
         scored: Int64 = np.array([run.seq.num_scored for run in runs], np.int64)

@@ -88,13 +88,18 @@ def make_workload(kind, seed, rate):
 
 
 def pools(schedulers):
-    """Who would be given which block next, and what can be found where."""
+    """Who would be given which block next, what can be found where, and what admission goes by."""
     found = []
     for scheduler in schedulers:
         scheduler.audit()
         pool, index = scheduler.manager.pool, scheduler.manager.index
         cached = [(block, index.digest_of(block)) for block in pool.cached.all().tolist()]
-        found.append((pool._blank[: pool.num_available - pool.num_cached].tolist(), cached))
+        blank = pool._blank[: pool.num_available - pool.num_cached].tolist()
+        adapts = scheduler.config.scheduler.admission == "optimistic"
+        ratio = scheduler.admission.ratio if adapts else None
+        # With several tenants it depends on who was idle when; only `fair`, planned singly, asks.
+        served = scheduler.tenants.served.tolist()
+        found.append((blank, cached, ratio, served if len(served) == 1 else None))
     return found
 
 

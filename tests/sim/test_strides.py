@@ -14,9 +14,12 @@ from pagedkv.core.foresight import foresee
 from pagedkv.core.reclaim import CachedOrder
 from pagedkv.core.request import Request, SamplingParams
 from pagedkv.core.scheduler import Scheduler
+from pagedkv.core.stride import take_stride
+from pagedkv.sim.content import text
 from pagedkv.sim.cost import StepWork
 from pagedkv.sim.presets import COSTS, cost_preset
-from tests.sim.test_simulator import both_ways, outcome, pools
+from pagedkv.sim.simulator import Replica
+from tests.sim.test_simulator import COST, both_ways, outcome, pools
 from tests.sim.workloads import config, listed, quoting, request
 
 
@@ -77,6 +80,12 @@ def test_strides_change_nothing(
         assert fast[name] == pytest.approx(slow[name], abs=1e-6), name
 
 
+def assert_same(slow, fast):
+    """Compare what `both_ways` returns; sums may be added up in another order."""
+    assert (fast[0], fast[2], fast[3]) == (slow[0], slow[2], slow[3])
+    assert fast[1] == pytest.approx(slow[1])
+
+
 def spread(count, **fields):
     """Requests that come one after the other, some while others run; nothing is shared."""
     return listed(*(request(0.02 * i, 20 + i % 7, 30, i, **fields) for i in range(count)))
@@ -84,7 +93,7 @@ def spread(count, **fields):
 
 def test_a_stride_passes_arrivals_and_ends():
     slow, fast = both_ways(config(4000, max_num_seqs=64), spread(100))
-    assert slow[:4] == fast[:4]
+    assert_same(slow, fast)
     assert fast[4] == 1
 
 
@@ -94,7 +103,7 @@ def test_a_stride_passes_those_who_find_what_others_have_computed():
     others = [request(5 + 0.02 * i, 9, 30, 10 + i) for i in range(60)]
     others = [msgspec.structs.replace(each, prompt=first.prompt + each.prompt) for each in others]
     slow, fast = both_ways(config(4000, max_num_seqs=64), listed(first, *others))
-    assert slow[:4] == fast[:4]
+    assert_same(slow, fast)
     assert fast[0]["prefix_cache_hit_rate"] > 0.8
     assert fast[4] == 2, "the first alone, and all others together"
 
@@ -108,8 +117,45 @@ def test_a_prefix_that_would_be_reclaimed_first_is_not_counted_on():
     for reader, hits in ((again, False), (soon, True)):
         asked = sorted([old, *flood, reader], key=lambda each: each.arrival)
         slow, fast = both_ways(config(100, max_num_seqs=8), listed(*asked))
-        assert slow[:4] == fast[:4]
+        assert_same(slow, fast)
         assert (fast[0]["prefix_cache_hit_rate"] > 0) == hits
+
+
+@pytest.mark.parametrize("size", range(1, 13))
+def test_what_others_have_found_is_not_before_it(size):
+    """The oldest of the cache was found and is in use, so what came after it goes first."""
+    old, new = request(0.0, 64, 2, 0), request(1.0, 64, 2, 1)
+    asked = [
+        old,
+        new,
+        msgspec.structs.replace(request(10.0, 64, 60, 0), prompt=old.prompt),
+        *(request(10.05 + 0.02 * i, 12, 60, 10 + i) for i in range(size)),
+        msgspec.structs.replace(request(10.5, 64, 5, 1), prompt=new.prompt),
+    ]
+    slow, fast = both_ways(config(100, max_num_seqs=16), listed(*asked))
+    assert_same(slow, fast)
+
+
+@pytest.mark.parametrize("quotes", [True, False])
+def test_a_prefix_that_is_being_written_may_be_missed_too_early(quotes):
+    """Whoever comes looks for a block that an answer has filled meanwhile; then no stride is taken,
+    even if it does not come to compute that block itself.
+    """
+    replica = Replica(config(200, max_num_seqs=4, max_num_batched_tokens=2), COST)
+    first = request(0.0, 6, 60, 0)
+    replica.add(first, "0")
+    replica.advance(1e-9)
+    while not replica.scheduler.table.num_computed.max() > 8:
+        replica.advance(np.nextafter(replica.clock, np.inf))
+    answer = text(first.output_stream if quotes else 99, 30)
+    late = msgspec.structs.replace(request(12.0, 9, 5, 1), prompt=first.prompt + answer)
+    replica.expect(late, "1")
+    coming = [Arrival(12.0, replica._arrivals[0].group)]
+    foreseen = foresee(replica.scheduler, coming, 0.0, lambda *_: 1.0, most=15)
+    assert len(foreseen) == 15
+    assert foreseen.runs[-1].entered == 12
+    taken = take_stride(replica.scheduler, foreseen, coming, replica.executor.answers)
+    assert (taken is None) == quotes
 
 
 def test_foreseeing_changes_nothing():
