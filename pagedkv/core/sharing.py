@@ -14,8 +14,8 @@ class Supply:
 
     Attributes:
         available, blank: Blocks, now; those that are not blank are cached.
-        room: How many more may be taken. Were it more, some might be reclaimed that were made
-            findable, or were found, only now.
+        room: How many more may be taken: all in all as many as were available, so that none is
+            reclaimed that was made findable, or was found, only now.
     """
 
     def __init__(self, manager: BlockManager) -> None:

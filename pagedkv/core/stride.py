@@ -72,7 +72,7 @@ def take_stride(
     np.add.at(computed, pieces[:, 0], pieces[:, 3])
     sealed: list[bytes] = []
     if scheduler.manager.enable_prefix_caching:
-        missed = []
+        missed, lengths = [], [len(run.seq.hashes) for run in runs]
         for run, (known, _), first, end in zip(
             runs, tokens, (before // size).tolist(), (computed // size).tolist(), strict=True
         ):
@@ -83,6 +83,8 @@ def take_stride(
                 missed += hashes[first : first + 1]
         new = sealed + missed
         if len(set(new)) < len(new) or scheduler.manager.index.knows_any(new):
+            for run, length in zip(runs, lengths, strict=True):
+                del run.seq.hashes[length:]
             return None
     return _Taking(scheduler, foreseen, arrivals).take(tokens, pieces, before, computed, sealed)
 

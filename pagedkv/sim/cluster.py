@@ -132,8 +132,9 @@ class Cluster:
                 )
                 self._num_sent += 1
             for replica in replicas:
-                done += replica.serve(until)
-                if progress is not None:
+                ended = replica.serve(until)
+                done += ended
+                if ended and progress is not None:
                     progress(done)
             hand = following
 

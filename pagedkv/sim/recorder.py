@@ -238,7 +238,7 @@ class Recorder:
         all_draw = len(drawing) == len(batch.rows)
         seq_ids = batch.seq_ids if all_draw else self._scheduler.table.seq_id[drawing]
         self._draw(drawing, seq_ids, float(ends[0]), float(ends[-1]))
-        if len(ends) > 1:
+        if len(ends) > 1 and len(drawing):
             self.latency["itl"].add(np.diff(ends), len(drawing))
             if self.detail is not None:
                 self.detail.draw(seq_ids, ends[1:])

@@ -91,7 +91,7 @@ def simulate(
         cost: What steps take: a model of it, or a name of `presets.COSTS`.
         slo: What counts as good.
         replicas: Engines side by side, each with a pool of its own.
-        routing: How requests are dealt to them: a name of `simulator.ROUTES`.
+        routing: How requests are dealt to them: a name of `cluster.ROUTES`.
         max_concurrency: Users that wait for an answer before they ask again.
         leap: Take quiet steps as one; changes how long it takes, and nothing else.
         watch: Keep the phases of requests for a trace viewer.

@@ -21,7 +21,9 @@ from pagedkv.sim.workload import SimRequest
 
 __all__ = ["Replica"]
 
-_LONGEST_LEAP = 256
+_LONGEST_LEAP, _LONGEST_STRIDE = 256, 4096
+"""The most steps."""
+
 _SHORTEST_STRIDE = 8
 """With fewer steps, a leap costs less."""
 
@@ -56,6 +58,8 @@ class Replica:
         self.clock = 0.0
         self.num_leaps = 0
         self._leaps = leap
+        self._longest_stride = _LONGEST_STRIDE
+        self._in_vain = self._pause = 0  # strides that were refused in a row; how many to leave out
         self._requests: dict[str, SimRequest] = {}
         self._asked: list[Asked] = []  # who will come
         self._arrivals: list[Arrival] = []
@@ -167,14 +171,21 @@ class Replica:
         they are few or cannot be.
         """
         scheduler, executor = self.scheduler, self.executor
-        pace = executor.pace(scheduler.totals.num_steps)
-        foreseen = foresee(scheduler, self._arrivals, self.clock, pace, until=until)
+        if self._pause:
+            self._pause -= 1
+            return None
+        pace, most = executor.pace(scheduler.totals.num_steps), self._longest_stride
+        foreseen = foresee(scheduler, self._arrivals, self.clock, pace, until=until, most=most)
         if foreseen is None or len(foreseen) < _SHORTEST_STRIDE:
             return None
         self.recorder.tenants.begin_stride()
         stride = take_stride(scheduler, foreseen, self._arrivals, executor.answers)
-        if stride is None:
+        if stride is None:  # look less far, and less often, so that little is foreseen in vain
+            self._longest_stride = max(_SHORTEST_STRIDE, len(foreseen) // 2)
+            self._in_vain += 1
+            self._pause = min(2**self._in_vain, 64)
             return None
+        self._in_vain, self._longest_stride = 0, min(_LONGEST_STRIDE, 2 * most)
         came = slice(len(foreseen.came))
         asked = self._asked[came]
         del self._asked[came], self._arrivals[came]
