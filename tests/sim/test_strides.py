@@ -124,15 +124,15 @@ def test_a_prefix_that_would_be_reclaimed_first_is_not_counted_on():
 @pytest.mark.parametrize("size", range(1, 13))
 def test_what_others_have_found_is_not_before_it(size):
     """The oldest of the cache was found and is in use, so what came after it goes first."""
-    old, new = request(0.0, 64, 2, 0), request(1.0, 64, 2, 1)
+    old, new, newest = (request(1.0 * i, 64, 2, i) for i in (0, 1, 4))
     readers = request(10.0, 3, 60, 2), request(10.5, 3, 5, 3)
     readers = [
         msgspec.structs.replace(reader, prompt=read.prompt + reader.prompt)
         for reader, read in zip(readers, (old, new), strict=True)
     ]
     others = [request(10.05 + 0.02 * i, 12, 60, 10 + i) for i in range(size)]
-    asked = [old, new, readers[0], *others, readers[1]]
-    slow, fast = both_ways(config(100, max_num_seqs=16), listed(*asked))
+    asked = [old, new, newest, readers[0], *others, readers[1]]
+    slow, fast = both_ways(config(116, max_num_seqs=16), listed(*asked))
     assert_same(slow, fast)
 
 
