@@ -36,9 +36,10 @@ class Run:
         row: Its row.
         limit: The number of known tokens at which it ends.
         ever: The most blocks it could ever hold.
-        known, computed: Its tokens before the first step, or when it has entered.
-        held: The blocks that it held then.
-        hits: Those that it entered with, which the prefix cache had.
+        known, computed: Its tokens before the first step; of one that enters, the prompt's, and
+            those that the prefix cache had.
+        held: The blocks of those that are computed.
+        hits: If it enters, the ids of those blocks.
         entered: The step, counted from 0, in which it enters; -1 if it ran before.
         first: The step in which it draws its first token; of one that ran before, of these steps.
         end: The step with which it ends; -1 if it does not.

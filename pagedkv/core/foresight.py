@@ -66,7 +66,10 @@ def _is_followed(scheduler: Scheduler) -> bool:
 
 
 class _Foresight:
-    """The few numbers that the passes of a step come down to, and what they were in each step."""
+    """The few numbers that the passes of a step come down to, and what they were in each step.
+
+    Runs are told apart by their index in order of admission, ``w``.
+    """
 
     def __init__(
         self,
@@ -330,10 +333,12 @@ class _Foresight:
             self._partial, self._done = w, before + tokens
             if self._done == run.known:
                 self._partial = NEVER
-                many += self._draw_first(w, step, over)
+                self._draw_first(w, step, over)
+                many += 1
         return many
 
-    def _draw_first(self, w: int, step: int, over: list[int]) -> int:
+    def _draw_first(self, w: int, step: int, over: list[int]) -> None:
+        """A sequence draws its first token; it may be its last, and it over with the step."""
         run = self._runs[w]
         run.first, self._base[w] = step, run.known - step - 1
         draws = run.limit - run.known - 1
@@ -341,7 +346,6 @@ class _Foresight:
             self._decode(w, run.known, step + 1, draws)
         else:
             over.append(w)
-        return 1
 
     def _decode(self, w: int, resident: int, step: int, draws: int) -> None:
         """A sequence draws in so many steps, from one on."""

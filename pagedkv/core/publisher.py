@@ -85,7 +85,9 @@ class Publisher:
             self._record(rows, first, counts, fresh)
 
     def publish(self, digests: list[bytes], blocks: Int32) -> None:
-        """Insert blocks of one group's, none of which is findable, and nobody is told: [N] each."""
+        """Insert sealed blocks of a single group, and keep no events: [N] hashes, which are all
+        different and none findable, [N] blocks.
+        """
         self._index.insert_many(digests, blocks[:, None], new=True)
 
     def _give_way(self, rows: Int32, index: Int32, digests: list[bytes], blocks: Int32) -> None:

@@ -123,7 +123,7 @@ class _Taking:
         computed: Int64,
         sealed: list[bytes],
     ) -> Stride:
-        """Do it.
+        """Take the steps.
 
         Args:
             tokens: Of each run.
@@ -195,7 +195,8 @@ class _Taking:
         hits = [block for run in self._runs for block in run.hits]
         if hits:
             manager.pool.share(np.array(hits, np.int32))
-        full = (computed // self._size if manager.enable_prefix_caching else 0 * computed).tolist()
+        findable = manager.enable_prefix_caching
+        full: list[int] = (computed // self._size if findable else np.zeros_like(computed)).tolist()
         place = np.empty(count, np.int64)
         place[order] = np.arange(count)
         upto = np.searchsorted(at, [step for step, _ in self._ended], side="right").tolist()
@@ -211,8 +212,8 @@ class _Taking:
         fresh[[i for i, _ in again]] = False
         taken = np.empty(count, np.int32)
         taken[fresh] = manager.allocate(count - len(again))
-        for i, before in again:
-            taken[i] = taken[before] if before >= 0 else -1 - before
+        for i, what in again:
+            taken[i] = taken[what] if what >= 0 else -1 - what
         ids = np.empty(count, np.int32)
         ids[order] = taken
         cached = [self._blocks(w, ids, first)[: full[w]][::-1] for _, w in self._ended]

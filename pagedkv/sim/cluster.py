@@ -127,10 +127,8 @@ class Cluster:
             following = list(itertools.islice(arrivals, _AHEAD * len(replicas)))
             until = following[0].arrival if following else np.inf
             for request in hand:
-                replicas[_round_robin(replicas, self._num_sent)].expect(
-                    request, str(self._num_sent)
-                )
-                self._num_sent += 1
+                number, self._num_sent = self._num_sent, self._num_sent + 1
+                replicas[self._route(replicas, number)].expect(request, str(number))
             for replica in replicas:
                 ended = replica.serve(until)
                 done += ended

@@ -24,7 +24,6 @@ from pagedkv.sim.workload import SimRequest
 __all__ = ["LATENCIES", "Asked", "Phase", "Recorder"]
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
-NO_ROWS: Int64 = np.empty(0, np.int64)
 _WATCHED = 20_000  # phases kept for the trace viewer
 
 
@@ -246,7 +245,8 @@ class Recorder:
         self.tenants.step(batch.rows, seconds, leap)
 
     def stride(self, stride: Stride, asked: list[Asked], begin: float) -> None:
-        """Take in steps that were taken at once.
+        """Take in steps that were taken at once. None pushes anybody back, and whoever was pushed
+        back before has come back in a step that was looked at.
 
         Args:
             asked: Per arrival among them, what was asked for.
@@ -254,7 +254,6 @@ class Recorder:
         """
         runs, steps = stride.foreseen.runs, stride.foreseen.steps
         times, ends = [begin, *steps.ends], np.array(steps.ends)
-        self.begin(NO_ROWS, NO_ROWS, begin)
         draws = [run for run in runs if run.entered < 0 and run.first == 0]
         rows = np.array([run.row for run in draws], np.int64)
         seq_ids = np.array([run.seq.seq_id for run in draws], np.int64)

@@ -5,7 +5,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import pagedkv
@@ -46,6 +46,17 @@ def in_words(phases):
             "watermark": st.sampled_from([0.0, 0.1]),
         }
     ),
+)
+@example(  # a block changes hands between two strides, for one that holds the same
+    seed=5443,
+    rate=60.0,
+    num_tenants=3,
+    num_blocks=150,
+    block_size=2,
+    caching=True,
+    replicas=1,
+    num_cpu_blocks=0,
+    scheduler={"max_num_seqs": 4, "max_num_batched_tokens": 20},
 )
 def test_strides_change_nothing(
     seed, rate, num_tenants, num_blocks, block_size, caching, replicas, num_cpu_blocks, scheduler
@@ -154,8 +165,26 @@ def test_a_prefix_that_is_being_written_may_be_missed_too_early(quotes):
     foreseen = foresee(replica.scheduler, coming, 0.0, lambda *_: 1.0, most=15)
     assert len(foreseen) == 15
     assert foreseen.runs[-1].entered == 12
+    chains = [run.seq.hashes.copy() for run in foreseen.runs]
     taken = take_stride(replica.scheduler, foreseen, coming, replica.executor.answers)
     assert (taken is None) == quotes
+    assert (chains == [run.seq.hashes for run in foreseen.runs]) == quotes
+
+
+def test_little_is_foreseen_in_vain(monkeypatch):
+    """Equal requests write equal answers, so strides are refused, and then hardly tried."""
+    seen = []
+
+    def counted(*args, **options):
+        found = foresee(*args, **options)
+        seen.append(0 if found is None else len(found))
+        return found
+
+    monkeypatch.setattr("pagedkv.sim.simulator.foresee", counted)
+    asked = listed(*(request(0.05 * i, 20, 60, i % 3) for i in range(80)))
+    slow, fast = both_ways(config(4000, max_num_seqs=64), asked)
+    assert_same(slow, fast)
+    assert sum(seen) < 2 * fast[0]["num_steps"]
 
 
 def test_foreseeing_changes_nothing():
