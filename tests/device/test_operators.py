@@ -158,7 +158,7 @@ def test_block_sizes(block_size: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [3, 8, 16, 20, 64, 80, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (9, 3), (8, 1), (40, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (9, 3), (5, 1), (14, 2), (8, 1), (40, 2)])
 def test_head_sizes_and_groups(dim: int, heads: int, kv_heads: int) -> None:
     agree(make(MIXED[:5], dim=dim, heads=heads, kv_heads=kv_heads))
 

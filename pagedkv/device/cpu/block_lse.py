@@ -28,6 +28,7 @@ from .layout import (
     WIDTH,
     pad,
 )
+from .several import put_fours
 from .simd import (
     LANES,
     Address,
@@ -47,7 +48,7 @@ from .simd import (
     sub,
     total,
 )
-from .simd_math import exp2, log2, put_fours
+from .simd_math import exp2, log2
 
 
 @kernel

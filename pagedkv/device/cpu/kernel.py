@@ -193,6 +193,7 @@ SIGNATURE = types.void(types.int64)
 _PARTS = (
     "simd",
     "simd_math",
+    "several",
     "layout",
     "rotation",
     "block_lse",

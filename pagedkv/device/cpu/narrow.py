@@ -7,7 +7,7 @@ key row in cache.
 Decode is bound by memory, and most of what is on its way there was asked for by the processor's own
 prefetchers, which need to see addresses go up line by line within a page. So a tile is walked as
 four runs of memory, a quarter of its keys each: each step takes a row of each quarter, and what it
-makes lies side by side (`place`). Rows are also asked for by the kernel, AHEAD steps before they
+makes lies side by side (`place`). Rows are also asked for by the kernel, AHEAD bytes before they
 are used, across the ends of blocks, tiles and items: the addresses of two tiles are at hand.
 They are asked into the second-level cache; a processor drops such a request when its first level
 already waits for as many lines as it can.
@@ -46,7 +46,7 @@ from .layout import (
     visible,
 )
 from .rotation import turn_queries
-from .rows import add_rows, add_rows3, ask, dots, dots3
+from .rows import SEVERAL, add_rows, dots
 from .simd import (
     LANES,
     Address,
@@ -55,6 +55,7 @@ from .simd import (
     add,
     get,
     highest,
+    inlined,
     kernel,
     lane0,
     lead,
@@ -72,16 +73,56 @@ from .simd import (
 )
 from .simd_math import exp2
 
-AHEAD = 16  # steps
+AHEAD = 32 << 10  # of the four runs together; further ahead, the second-level cache lets go of some
 
 
 @kernel
-def ahead(begin: int, quarter: int, j: int) -> int:
-    """The key AHEAD steps after the j-th, in the first quarter of this tile or of the next; of a
+def _ahead(begin: int, quarter: int, j: int, far: int) -> int:
+    """The key `far` steps after the j-th, in the first quarter of this tile or of the next; of a
     shorter tile, its own place in the next.
     """
-    soon = j + min(AHEAD, quarter)
+    soon = j + min(far, quarter)
     return soon if soon < begin + quarter else TILE + soon - begin - quarter
+
+
+@kernel
+def _rows(base: Address, places: Address, j: int, quarter: int) -> tuple[Address, ...]:
+    """Where the j-th key or value of each quarter lies."""
+    first, second = get(places, j), get(places, j + quarter)
+    third, fourth = get(places, j + 2 * quarter), get(places, j + 3 * quarter)
+    return base + first, base + second, base + third, base + fourth
+
+
+@kernel
+def _moved(rows: tuple[Address, ...], by: int) -> tuple[Address, ...]:
+    return rows[0] + by, rows[1] + by, rows[2] + by, rows[3] + by
+
+
+@kernel
+def _split(group: int) -> tuple[int, int]:
+    """How many fours and threes of query rows to take at once; the rest come one by one."""
+    threes = -group % 4 if SEVERAL == 4 else group // 3
+    if 3 * threes > group:
+        threes = 0
+    return (group - 3 * threes) // 4 if SEVERAL == 4 else 0, threes
+
+
+@inlined
+def _turned_dots(
+    sample: Sample,
+    rows: tuple[Address, ...],
+    soon: tuple[Address, ...],
+    queries: tuple[Address, ...],
+    turned: tuple[int, ...],
+    dim: int,
+    scores: Address,
+) -> None:
+    """`dots`, which loads queries once if all four keys meet the same."""
+    first, second, third, fourth = turned
+    if first == second and second == third and third == fourth:
+        dots(sample, rows, soon, queries, (first,), dim, scores)
+    else:
+        dots(sample, rows, soon, queries, turned, dim, scores)
 
 
 @kernel
@@ -103,50 +144,36 @@ def _narrow_scores(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
-    threes = group // 3 if dims == 4 * dim else 0
+    fours, threes = _split(group)
     key = get(params, KEY)
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
+    far = max(1, AHEAD // (4 * size * (heads[1] - heads[0])))
     for j in range(begin, begin + quarter):
-        soon = ahead(begin, quarter, j)
-        a, b = key + get(key_at, j), key + get(key_at, j + quarter)
-        c, d = key + get(key_at, j + 2 * quarter), key + get(key_at, j + 3 * quarter)
-        e, f = key + get(key_at, soon), key + get(key_at, soon + quarter)
-        g, h = key + get(key_at, soon + 2 * quarter), key + get(key_at, soon + 3 * quarter)
+        here = _rows(key, key_at, j, quarter)
+        there = _rows(key, key_at, _ahead(begin, quarter, j, far), quarter)
+        turned = _rows(0, query_at, j, quarter) if query_at != 0 else (0, 0, 0, 0)
         q = query
-        first, second, third, fourth = 0, 0, 0, 0
-        if query_at != 0:
-            first, second = get(query_at, j), get(query_at, j + quarter)
-            third, fourth = get(query_at, j + 2 * quarter), get(query_at, j + 3 * quarter)
-        alike = first == second and second == third and third == fourth
-        q += first if alike else 0
         to = scores + 16 * (j - begin)
         for head in range(heads[0], heads[1]):
-            offset = get(offsets, head)
-            rows = (a + offset, b + offset, c + offset, d + offset)
-            later = (e + offset, f + offset, g + offset, h + offset)
-            if threes == 0:
-                ask(later[0], size)
-                ask(later[1], size)
-                ask(later[2], size)
-                ask(later[3], size)
+            rows, soon = _moved(here, get(offsets, head)), _moved(there, get(offsets, head))
+            for _ in range(fours):
+                queries = (q, q + dims, q + 2 * dims, q + 3 * dims)
+                _turned_dots(sample, rows, soon, queries, turned, dim, to)
+                q += 4 * dims
+                to += 16 * TILE
+                soon = rows  # once is enough
             for _ in range(threes):
-                if alike:
-                    dots3(sample, rows, later, (q,), dim, to)
-                else:
-                    met = (q + first, q + second, q + third, q + fourth)
-                    dots3(sample, rows, later, met, dim, to)
+                _turned_dots(sample, rows, soon, (q, q + dims, q + 2 * dims), turned, dim, to)
                 q += 3 * dims
                 to += 12 * TILE
-            for _ in range(group - 3 * threes):
-                if alike:
-                    dots(sample, rows, (q,), dim, to)
-                else:
-                    met = (q + first, q + second, q + third, q + fourth)
-                    dots(sample, rows, met, dim, to)
+                soon = rows
+            for _ in range(group - 4 * fours - 3 * threes):
+                _turned_dots(sample, rows, soon, (q,), turned, dim, to)
                 q += dims
                 to += 4 * TILE
+                soon = rows
 
 
 @kernel
@@ -164,36 +191,38 @@ def _narrow_values(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
-    threes = group // 3 if dims == 4 * dim else 0
+    fours, threes = _split(group)
     value = get(params, VALUE)
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
+    far = max(1, AHEAD // (4 * size * (heads[1] - heads[0])))
+    line = 4 * TILE
     for j in range(begin, begin + quarter):
-        soon = ahead(begin, quarter, j)
-        a, b = value + get(value_at, j), value + get(value_at, j + quarter)
-        c, d = value + get(value_at, j + 2 * quarter), value + get(value_at, j + 3 * quarter)
-        e, f = value + get(value_at, soon), value + get(value_at, soon + quarter)
-        g, h = value + get(value_at, soon + 2 * quarter), value + get(value_at, soon + 3 * quarter)
+        here = _rows(value, value_at, j, quarter)
+        there = _rows(value, value_at, _ahead(begin, quarter, j, far), quarter)
         at = weights + 16 * (j - begin)
         to = acc
         for head in range(heads[0], heads[1]):
-            offset = get(offsets, head)
-            rows = (a + offset, b + offset, c + offset, d + offset)
-            later = (e + offset, f + offset, g + offset, h + offset)
-            if threes == 0:
-                ask(later[0], size)
-                ask(later[1], size)
-                ask(later[2], size)
-                ask(later[3], size)
+            rows, soon = _moved(here, get(offsets, head)), _moved(there, get(offsets, head))
+            for _ in range(fours):
+                four = (at, at + line, at + 2 * line, at + 3 * line)
+                accs = (to, to + dims, to + 2 * dims, to + 3 * dims)
+                add_rows(sample, rows, soon, four, accs, dim)
+                at += 4 * line
+                to += 4 * dims
+                soon = rows
             for _ in range(threes):
-                add_rows3(sample, rows, later, at, dim, to)
-                at += 12 * TILE
+                three = (at, at + line, at + 2 * line)
+                add_rows(sample, rows, soon, three, (to, to + dims, to + 2 * dims), dim)
+                at += 3 * line
                 to += 3 * dims
-            for _ in range(group - 3 * threes):
-                add_rows(sample, rows, at, dim, to)
-                at += 4 * TILE
+                soon = rows
+            for _ in range(group - 4 * fours - 3 * threes):
+                add_rows(sample, rows, soon, (at,), (to,), dim)
+                at += line
                 to += dims
+                soon = rows
 
 
 @kernel
