@@ -69,6 +69,15 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def _by_number(text: str) -> dict[int, float]:
+    try:
+        return msgspec.json.decode(text, type=dict[int, float])
+    except msgspec.DecodeError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} does not give numbers by token id, as {{"11": -5, "42": 2.5}} does'
+        ) from None
+
+
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else parse(text)
 
@@ -146,12 +155,16 @@ def _parser_of(kind: Any, name: str) -> Callable[[str], Any]:
         return parse_size
     if isinstance(kind, msgspec.inspect.IntType):
         return _whole
+    if isinstance(kind, msgspec.inspect.DictType):
+        return _by_number
     return _number if isinstance(kind, msgspec.inspect.FloatType) else str
 
 
 def _word(kind: Any) -> str:
     if isinstance(kind, msgspec.inspect.IntType):
         return "N"
+    if isinstance(kind, msgspec.inspect.DictType):
+        return "JSON"
     return "X" if isinstance(kind, msgspec.inspect.FloatType) else "TEXT"
 
 

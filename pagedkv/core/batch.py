@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
-from pagedkv.core.plan import Penalties, SamplingBatch
+from pagedkv.core.arrays import Bool, Float32, Int32, Int64, at_rows
+from pagedkv.core.plan import Adjustments, Penalties, SamplingBatch
+from pagedkv.core.sampling import wishes
 from pagedkv.core.table import SequenceTable
 
 __all__ = ["Batch"]
@@ -212,6 +213,19 @@ class Draws:
         return np.flatnonzero(self.table.sampling.penalised[self.rows]).astype(np.int32)
 
     @cached_property
+    def wishes(self) -> tuple[Int32, Int32, Int32, Int32, Float32]:
+        """What they ask of certain tokens at every step: the fields of `Adjustments`."""
+        chosen = np.flatnonzero(self.table.sampling.particular[self.rows]).tolist()
+        seqs = ((i, self.table.sequences[self.rows[i]]) for i in chosen)
+        return wishes([(i, seq.request.sampling) for i, seq in seqs if seq is not None])
+
+    @cached_property
+    def min_tokens(self) -> Int32 | None:
+        """[S] How many are drawn before each may stop; None if all may at once."""
+        least = self.table.sampling.min_tokens[self.rows]
+        return least if least.any() else None
+
+    @cached_property
     def num_prompt(self) -> Int32:
         """[S] Their prompts' lengths."""
         return self.table.num_prompt[self.rows]
@@ -240,10 +254,14 @@ class Draws:
 
     def append(self, token_ids: Int32) -> tuple[Bool, Bool]:
         """Append the drawn tokens; return which of them stop, and which rows are full: [S] each."""
-        full: Bool = self.table.append_tokens(self.rows, token_ids) >= self.limit
+        known = self.table.append_tokens(self.rows, token_ids)
+        full: Bool = known >= self.limit
         if self.stop_ids is None:
             return np.zeros(len(full), np.bool_), full
-        return (self.stop_ids == token_ids[:, None]).any(axis=1), full
+        stops: Bool = (self.stop_ids == token_ids[:, None]).any(axis=1)
+        if self.min_tokens is not None:
+            stops &= known - self.num_prompt > self.min_tokens
+        return stops, full
 
     def sampling(self) -> SamplingBatch:
         """Return the parameters of the draws."""
@@ -253,6 +271,22 @@ class Draws:
             position=position,
             most_logprobs=self.most_logprobs,
             penalties=self._penalties(),
+            adjustments=self._adjustments(position),
+        )
+
+    def _adjustments(self, position: Int32) -> Adjustments | None:
+        """What they ask of certain tokens; and whoever may not stop yet draws none that stops."""
+        kept_sample, kept_token, sample, token, bias = self.wishes
+        if self.min_tokens is not None and self.stop_ids is not None:
+            early = (position < self.min_tokens)[:, None] & (self.stop_ids >= 0)
+            barred, which = early.nonzero()
+            sample = np.concatenate([sample, barred.astype(np.int32)])
+            token = np.concatenate([token, self.stop_ids[barred, which]])
+            bias = np.concatenate([bias, np.full(len(barred), -np.inf, np.float32)])
+        if not len(kept_sample) + len(sample):
+            return None
+        return Adjustments(
+            kept_sample=kept_sample, kept_token=kept_token, sample=sample, token=token, bias=bias
         )
 
     def _penalties(self) -> Penalties | None:

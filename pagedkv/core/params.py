@@ -1,5 +1,6 @@
 """How tokens are drawn, and when drawing stops."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -24,8 +25,12 @@ _NOT_WITH_BEAMS = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
 )
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -33,6 +38,16 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, list | tuple | np.ndarray):
         return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
     return () if value is None else value
+
+
+def _by_number(bias: Any) -> Any:
+    """Return a mapping by token id as plain numbers; JSON has its keys as text."""
+    if not isinstance(bias, Mapping):
+        return bias
+    plain = [[x.item() if isinstance(x, np.generic) else x for x in pair] for pair in bias.items()]
+    return {
+        int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in plain
+    }
 
 
 class SamplingParams(Checked, frozen=True, kw_only=True):
@@ -48,6 +63,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         min_p: Drop tokens less likely than this fraction of the likeliest.
         seed: Fixes the draws of this request, whatever else is in the batch.
         max_tokens: The most tokens to generate; None goes on to the model's length.
+        min_tokens: Before so many tokens, none that would end the sequence is drawn, and no stop
+            string ends the text.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Token ids that end the sequence, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence tokens.
@@ -57,6 +74,9 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         repetition_penalty: Above 1 makes tokens of prompt and output less likely (Keskar 2019).
         presence_penalty: Subtracted from the logit of every token already generated.
         frequency_penalty: The same, times how often it was generated.
+        logit_bias: By token id, what is added to its logit before penalties, as ``{11: -5}``, in
+            JSON ``{"11": -5}``; -100 all but forbids.
+        allowed_token_ids: Draw no other tokens than these; None draws any.
         beam_width: Search with this many beams instead of drawing, and return the ``n`` best; the
             rules are transformers'. Beams share blocks as far as they are alike.
         length_penalty: A found sequence is judged by the sum of its log-probabilities divided by
@@ -77,6 +97,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: Natural | None = None
     max_tokens: Positive | None = 16
+    min_tokens: Natural = 0
     stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
@@ -85,6 +106,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    logit_bias: dict[TokenId, Bias] | None = None
+    allowed_token_ids: tuple[TokenId, ...] | None = None
     beam_width: Annotated[int, Meta(ge=2, le=LARGEST_INT64)] | None = None
     length_penalty: Annotated[float, Meta(ge=-100, le=100)] = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -93,6 +116,10 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         msgspec.structs.force_setattr(self, "stop", _as_tuple(stop))
         msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _as_tuple(self.allowed_token_ids)
+            msgspec.structs.force_setattr(self, "allowed_token_ids", allowed)
+        msgspec.structs.force_setattr(self, "logit_bias", _by_number(self.logit_bias))
         if isinstance(self.early_stopping, str) and self.early_stopping != "never":
             raise InvalidRequest(
                 f"early_stopping is {shown(self.early_stopping)}",
@@ -105,6 +132,18 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
                 f"best_of is {self.best_of} and n is {self.n}",
                 where="sampling.best_of",
                 remedy="draw at least as many as are returned",
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens} and max_tokens is {self.max_tokens}",
+                where="sampling.min_tokens",
+                remedy="allow at least as many tokens as there must be",
+            )
+        if self.allowed_token_ids == ():
+            raise InvalidRequest(
+                "allowed_token_ids is empty",
+                where="sampling.allowed_token_ids",
+                remedy="give the tokens that may be drawn, or None for all",
             )
         if self.beam_width is not None:
             self._check_search(self.beam_width)

@@ -12,6 +12,7 @@ from pagedkv.core.arrays import Bool, Float32, Int32, Int64, UInt64
 from pagedkv.core.request import FinishedSequence
 
 __all__ = [
+    "Adjustments",
     "Executor",
     "Observation",
     "Observed",
@@ -23,6 +24,25 @@ __all__ = [
     "StepPlan",
     "StepResult",
 ]
+
+
+class Adjustments(Struct, frozen=True, kw_only=True, eq=False):
+    """What becomes of logits before any penalty, as flat pairs of a sample and a token.
+
+    Attributes:
+        kept_sample: [A] Index into the step's samples. Those that are named draw no other tokens
+            than the ones named with them.
+        kept_token: [A]
+        sample: [K] Index into the step's samples.
+        token: [K]
+        bias: [K] Added to the token's logit; minus infinity forbids it.
+    """
+
+    kept_sample: Int32
+    kept_token: Int32
+    sample: Int32
+    token: Int32
+    bias: Float32
 
 
 class Penalties(Struct, frozen=True, kw_only=True, eq=False):
@@ -48,6 +68,7 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
         num_logprobs: [S] Alternatives to report; -1 reports nothing.
         most_logprobs: The largest of these; -1 if nobody wants any log-probability.
         penalties: What repetition, presence and frequency penalties need; None if none is set.
+        adjustments: What is allowed, biased or forbidden; None if nothing is.
     """
 
     temperature: Float32
@@ -62,6 +83,7 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
     presence_penalty: Float32
     frequency_penalty: Float32
     penalties: Penalties | None
+    adjustments: Adjustments | None = None
 
 
 class Observation(Struct, frozen=True, kw_only=True, eq=False):

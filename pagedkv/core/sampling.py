@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Int32
+from pagedkv.config import LARGEST_INT32
+from pagedkv.core.arrays import Bool, Float32, Int32
+from pagedkv.core.params import SamplingParams
 from pagedkv.core.request import Sequence
 
-__all__ = ["SamplingColumns"]
+__all__ = ["SamplingColumns", "wishes"]
 
 NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
@@ -18,6 +20,8 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
 
     Attributes:
         penalised: [rows] Whether any penalty is set.
+        particular: [rows] Whether some tokens are biased, or only some allowed.
+        min_tokens: [rows] How many are drawn before any of ``stop_ids`` may be.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
     """
 
@@ -34,6 +38,8 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
             frequency_penalty=np.zeros(rows, np.float32),
         )
         self.penalised: Bool = np.zeros(rows, np.bool_)
+        self.particular: Bool = np.zeros(rows, np.bool_)
+        self.min_tokens: Int32 = np.zeros(rows, np.int32)
         self.stop_ids: Int32 = np.full((rows, 1), -1, np.int32)
 
     def bind(self, seq: Sequence, row: int, stop_ids: list[int]) -> None:
@@ -44,6 +50,8 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
                 column[row] = getattr(params, name)
         self["seed"][row] = seq.seed
         self.penalised[row] = any(getattr(params, name) != at for name, at in NO_PENALTY.items())
+        self.particular[row] = bool(params.logit_bias or params.allowed_token_ids)
+        self.min_tokens[row] = min(params.min_tokens, LARGEST_INT32)
         reported = 0 if params.ranks and params.logprobs is None else params.logprobs
         reported = params.num_candidates(len(stop_ids)) or reported
         self["num_logprobs"][row] = -1 if reported is None else reported
@@ -52,3 +60,20 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, short)), constant_values=-1)
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
+
+
+def wishes(asked: list[tuple[int, SamplingParams]]) -> tuple[Int32, Int32, Int32, Int32, Float32]:
+    """Return what samples, each given by its index, ask of certain tokens at every step.
+
+    Returns:
+        The fields of `Adjustments`, in their order.
+    """
+    kept = [(i, token) for i, params in asked for token in params.allowed_token_ids or ()]
+    biased = [(i, *pair) for i, params in asked for pair in (params.logit_bias or {}).items()]
+    kept_sample, kept_token = np.array(kept, np.int32).reshape(-1, 2).T
+    sample, token, bias = np.array(biased, np.float64).reshape(-1, 3).T
+    return kept_sample, kept_token, _int32(sample), _int32(token), bias.astype(np.float32)
+
+
+def _int32(numbers: npt.NDArray[Any]) -> Int32:
+    return numbers.astype(np.int32)

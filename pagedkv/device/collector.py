@@ -71,7 +71,12 @@ class OutputCollector:
             self._scored[seq_ids[0]] = tracked
         if (streams and params.grows) or params.stop or params.logprobs is not None:
             for index, seq_id in enumerate(seq_ids):
-                text = TextStream(self._tokenizer, params.stop, hidden=self._hidden)
+                text = TextStream(
+                    self._tokenizer,
+                    params.stop,
+                    hidden=self._hidden,
+                    min_tokens=params.min_tokens,
+                )
                 self._watched[seq_id] = _Watched(tracked, index, text)
 
     def observe(

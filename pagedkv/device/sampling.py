@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pagedkv.core.arrays import Float32, Int32
-from pagedkv.core.plan import Penalties, SamplingBatch, StepResult
-from pagedkv.device.send import sender
+from pagedkv.core.plan import SamplingBatch, StepResult
+from pagedkv.device.logits import adjusted, penalised
 from pagedkv.device.staging import fetch
 from pagedkv.errors import InvalidRequest
 
@@ -43,11 +43,12 @@ _GROUP = 16
 def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
     """Draw one token per row.
 
-    The order is that of vLLM's V1 sampler: repetition, frequency and presence penalties; argmax
-    where the temperature is below 1e-5; else temperature, min_p, top_k, top_p and a draw. Of equal
+    The order is that of vLLM's V1 sampler: what is allowed, biased or forbidden; repetition,
+    frequency and presence penalties; argmax where the temperature is below 1e-5; else temperature,
+    min_p, top_k, top_p and a draw. Of equal
     logits the lowest id is the likelier, so top_k keeps exactly k (vLLM keeps all that tie with
     the k-th). At least one token is always kept. Log-probabilities are natural, and those of the
-    model's own logits, before penalties, temperature and filters (vLLM's default,
+    model's own logits, before biases, penalties, temperature and filters (vLLM's default,
     ``logprobs_mode="raw_logprobs"``).
 
     A row's answer is a pure function of its own logits, parameters, seed and position: bit for bit
@@ -55,7 +56,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
 
     Args:
         logits: [S, V] Log-odds as the model gives them; not changed. -inf forbids a token.
-        batch: The rows' parameters; its penalties hold tokens from 0 to V - 1.
+        batch: The rows' parameters; its penalties and adjustments hold tokens from 0 to V - 1.
 
     Returns:
         token_ids [S], -1 where a row holds NaN or +inf, or nothing but -inf, after penalties: such
@@ -73,7 +74,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
     """
     _check(logits, batch)
     raw = logits.detach().float()
-    x = raw if batch.penalties is None else _penalised(raw, batch, batch.penalties)
+    x = raw if batch.adjustments is None else adjusted(raw, batch.adjustments)
+    x = x if batch.penalties is None else penalised(x, batch, batch.penalties)
     ids, peak = _likeliest(x)
     rows = np.flatnonzero((ids >= 0) & (batch.temperature >= _GREEDY))
     if rows.size:
@@ -121,27 +123,6 @@ def _likeliest(x: Tensor) -> tuple[Int32, Tensor]:
     best = torch.from_numpy(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
     peak = x.gather(1, best[:, None])[:, 0]
     return fetch(torch.where(peak.isfinite(), best, -1).int()), peak
-
-
-def _penalised(logits: Tensor, batch: SamplingBatch, seen: Penalties) -> Tensor:
-    """Return a copy of the logits with the three penalties applied, in vLLM's order."""
-    x = logits.clone()
-    there = sender(x.device)
-    row, token = (there(a.astype(np.int64)) for a in (seen.sample, seen.token))
-    value = x[row, token]
-    factor = there(batch.repetition_penalty[seen.sample])
-    # A token that is seen twice is written twice, with the same value.
-    x[row, token] = torch.where(value > 0, value / factor, value * factor)
-
-    generated = np.flatnonzero(seen.generated)
-    pair = seen.sample[generated].astype(np.int64) * x.shape[1] + seen.token[generated]
-    pair, count = np.unique(pair, return_counts=True)
-    sample_of, token_of = np.divmod(pair, x.shape[1])
-    row, token = there(sample_of), there(token_of)
-    frequency = batch.frequency_penalty[sample_of] * count.astype(np.float32)
-    value = x[row, token] - there(frequency)
-    x[row, token] = value - there(batch.presence_penalty[sample_of])
-    return x
 
 
 class _Draw(NamedTuple):

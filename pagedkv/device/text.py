@@ -32,6 +32,7 @@ class TextStream:
             counts; of those complete at the same character, the longest.
         hidden: Ids that are not shown, beside the tokenizer's special tokens: the model's
             end-of-sequence tokens.
+        min_tokens: What is complete before more tokens than these were pushed counts as no stop.
 
     Attributes:
         stopped: The stop string that ended it, or None.
@@ -45,7 +46,12 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), *, hidden: Collection[int] = ()
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        hidden: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._released: list[str] = []
         self.stopped: str | None = None
@@ -54,6 +60,8 @@ class TextStream:
         _check_stop(self._stop, self._core)
         self._hidden = frozenset(hidden) | _special_ids(self._core)
         self._held = ""
+        # Tokens that may still not end it, and how much of what is held had come by then.
+        self._deaf, self._unheard = min_tokens, 0
         self._stream = DecodeStream(skip_special_tokens=True)
         # Mirrors what the stream remembers: tokens that became text last, and tokens since then.
         self._shown: list[int] = []
@@ -75,6 +83,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped is not None or self._core is None:
                 break
+            self._deaf -= 1
             if token_id >= 0 and token_id not in self._hidden:
                 self._release(self._decoded(self._core, int(token_id)))
         return "".join(self._released[before:])
@@ -124,7 +133,9 @@ class TextStream:
             self._released.append(piece)
             return
         self._held += piece
-        found = _first_stop(self._held, self._stop)
+        if self._deaf >= 0:
+            self._unheard = len(self._held)
+        found = _first_stop(self._held, self._stop, self._unheard)
         if found is not None:
             keep, self.stopped = found
             last = True
@@ -132,6 +143,7 @@ class TextStream:
             keep = len(self._held) - (0 if last else _may_begin(self._held, self._stop))
         self._released.append(self._held[:keep])
         self._held = "" if last else self._held[keep:]
+        self._unheard = max(0, self._unheard - keep)
 
 
 def _core(tokenizer: Any) -> Tokenizer | None:
@@ -185,9 +197,9 @@ def _begins_whole(core: Tokenizer, token_ids: list[int]) -> bool:
     return any(text and not text.startswith("\ufffd") for text in texts)
 
 
-def _first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
-    """Return where the stop string begins that ends first, and the string."""
-    places = ((text.find(s), s) for s in stop)
+def _first_stop(text: str, stop: tuple[str, ...], unheard: int) -> tuple[int, str] | None:
+    """Return where the stop string begins that ends first behind what is unheard, and it."""
+    places = ((text.find(s, max(0, unheard + 1 - len(s))), s) for s in stop)
     found = [(at + len(s), at, s) for at, s in places if at >= 0]
     if not found:
         return None

@@ -97,7 +97,8 @@ def test_all_sampling_flags_reach_the_engine(cli, asked):
         *("generate", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"),
         *("--seed", "3", "--max-tokens", "9", "--stop", "x", "--stop-token-ids", "4", "--n", "2"),
         *("--ignore-eos", "--logprobs", "1", "--repetition-penalty", "1.1"),
-        *("--presence-penalty", "0.2", "--frequency-penalty", "0.3", "a prompt"),
+        *("--presence-penalty", "0.2", "--frequency-penalty", "0.3", "--min-tokens", "2"),
+        *("--logit-bias", '{"7": -5, "8": 2.5}', "--allowed-token-ids", "7", "a prompt"),
     )
     ((prompts, params),) = asked
     assert prompts == ["a prompt"]
@@ -106,6 +107,8 @@ def test_all_sampling_flags_reach_the_engine(cli, asked):
     assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("x",), (4,), True)
     penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
     assert penalties == (1.1, 0.2, 0.3)
+    assert (params.min_tokens, params.allowed_token_ids) == (2, (7,))
+    assert params.logit_bias == {7: -5, 8: 2.5}
 
 
 @pytest.mark.parametrize(("word", "value"), [("on", True), ("off", False), ("never", "never")])

@@ -120,6 +120,16 @@ WRONG_SAMPLING = [
     ("repetition_penalty", 1e300),
     ("presence_penalty", 2.5),
     ("frequency_penalty", -2.5),
+    ("min_tokens", -1),
+    ("min_tokens", 17),  # more than max_tokens
+    ("logit_bias", {1: 101}),
+    ("logit_bias", {1: float("nan")}),
+    ("logit_bias", {-1: 1}),
+    ("logit_bias", {"one": 1}),
+    ("logit_bias", [1]),
+    ("allowed_token_ids", ()),
+    ("allowed_token_ids", (-1,)),
+    ("allowed_token_ids", 5),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv.core.plan import Penalties, SamplingBatch, StepResult
+from pagedkv.core.plan import Adjustments, Penalties, SamplingBatch, StepResult
 from pagedkv.device.sampling import sample, uniforms
 from pagedkv.errors import InvalidRequest
 
@@ -39,6 +39,8 @@ class Row:
     frequency_penalty: float = 0.0
     prompt: tuple[int, ...] = ()
     generated: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
+    bias: tuple[tuple[int, float], ...] = ()
 
 
 COLUMNS: dict[str, Any] = {
@@ -71,14 +73,31 @@ def batch_of(rows: list[Row]) -> SamplingBatch:
             token=np.array(token, np.int32),
             generated=np.array(made, np.bool_),
         )
-    return sampling_batch(columns, penalties)
+    kept = [(i, token) for i, r in enumerate(rows) for token in r.allowed]
+    biased = [(i, *pair) for i, r in enumerate(rows) for pair in r.bias]
+    adjustments = None
+    if kept or biased:
+        kept_sample, kept_token = np.array(kept, np.int32).reshape(-1, 2).T
+        sample, token, bias = np.array(biased, np.float32).reshape(-1, 3).T
+        adjustments = Adjustments(
+            kept_sample=kept_sample,
+            kept_token=kept_token,
+            sample=sample.astype(np.int32),
+            token=token.astype(np.int32),
+            bias=bias,
+        )
+    return sampling_batch(columns, penalties, adjustments)
 
 
 def sampling_batch(
-    columns: dict[str, npt.NDArray[Any]], penalties: Penalties | None = None
+    columns: dict[str, npt.NDArray[Any]],
+    penalties: Penalties | None = None,
+    adjustments: Adjustments | None = None,
 ) -> SamplingBatch:
     most = int(columns["num_logprobs"].max(initial=-1))
-    return SamplingBatch(penalties=penalties, most_logprobs=most, **columns)
+    return SamplingBatch(
+        penalties=penalties, adjustments=adjustments, most_logprobs=most, **columns
+    )
 
 
 def drawn(logits: torch.Tensor, rows: list[Row]) -> list[int]:
@@ -97,6 +116,11 @@ def slow_uniform(seed: int, position: int) -> float:
 
 def slow_penalties(logits: np.ndarray, row: Row) -> np.ndarray:
     x = logits.copy()
+    for token in range(len(x)):
+        if row.allowed and token not in row.allowed:
+            x[token] = -INF
+    for token, bias in row.bias:
+        x[token] += np.float32(bias)
     for token in {*row.prompt, *row.generated}:
         factor = np.float32(row.repetition_penalty)
         x[token] = x[token] / factor if x[token] > 0 else x[token] * factor
@@ -163,6 +187,11 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, list[Row]]:
         frequency_penalty=penalty,
         prompt=tokens,
         generated=tokens,
+        allowed=tokens,
+        bias=st.lists(
+            st.tuples(st.integers(0, vocab - 1), st.sampled_from([-100.0, -1.5, 2.0, -INF])),
+            max_size=4,
+        ).map(tuple),
     )
     return torch.tensor(logits, dtype=torch.float32), [draw(row) for _ in range(count)]
 

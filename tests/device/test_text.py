@@ -169,6 +169,28 @@ def test_holds_back_no_more_than_it_must(text: str, stop: tuple[str, ...]) -> No
     assert held.rstrip("\ufffd") == "" or any(s.startswith(held.rstrip("\ufffd")) for s in stop)
 
 
+@given(TEXTS, STOPS, st.integers(0, 12))
+def test_no_stop_counts_that_is_complete_too_early(
+    text: str, stop: tuple[str, ...], n: int
+) -> None:
+    """Read on from what the first n tokens gave, and look for what ends behind that."""
+    ids = BYTE_LEVEL.encode(text).ids
+    early = TextStream(BYTE_LEVEL)
+    early.push(ids[:n])
+    heard = len(text) if n >= len(ids) else len(early.text)
+    want: tuple[str, str | None] = text, None
+    for end in range(heard + 1, len(text) + 1):
+        if done := [s for s in stop if text[:end].endswith(s)]:
+            longest = max(done, key=len)
+            want = text[: end - len(longest)], longest
+            break
+    stream = TextStream(BYTE_LEVEL, stop, min_tokens=n)
+    for token in ids:
+        stream.push([token])
+    stream.finish()
+    assert (stream.text, stream.stopped) == want
+
+
 def test_a_stop_string_over_many_tokens() -> None:
     ids = BYTE_LEVEL.encode("one stopping xyz stop zyx").ids
     stream = TextStream(BYTE_LEVEL, ["stop z", "zzz"])
