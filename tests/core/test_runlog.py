@@ -33,6 +33,10 @@ def serve(path, seed=0, policy_name="priority"):
                 n=1 + i % 2,
                 seed=None,
                 max_tokens=int(rng.integers(2, 24)),
+                min_tokens=i % 2,
+                stop_token_ids=[7],
+                logit_bias={i: -0.5} if i % 3 == 0 else None,
+                allowed_token_ids=list(range(60)) if i % 4 == 0 else None,
             )
             scheduler.add(
                 msgspec.structs.replace(
