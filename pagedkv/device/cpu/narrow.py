@@ -73,7 +73,13 @@ from .simd import (
 )
 from .simd_math import exp2
 
-AHEAD = 32 << 10  # of the four runs together; further ahead, the second-level cache lets go of some
+AHEAD = 32 << 10  # of the four runs together
+
+
+@kernel
+def _far(size: int, heads: tuple[int, int]) -> int:
+    """How many steps are AHEAD bytes, if a row of one head is of this size; at least one."""
+    return max(1, AHEAD // (4 * size * (heads[1] - heads[0])))
 
 
 @kernel
@@ -86,7 +92,9 @@ def _ahead(begin: int, quarter: int, j: int, far: int) -> int:
 
 
 @kernel
-def _rows(base: Address, places: Address, j: int, quarter: int) -> tuple[Address, ...]:
+def _rows(
+    base: Address, places: Address, j: int, quarter: int
+) -> tuple[Address, Address, Address, Address]:
     """Where the j-th key or value of each quarter lies."""
     first, second = get(places, j), get(places, j + quarter)
     third, fourth = get(places, j + 2 * quarter), get(places, j + 3 * quarter)
@@ -100,11 +108,17 @@ def _moved(rows: tuple[Address, ...], by: int) -> tuple[Address, ...]:
 
 @kernel
 def _split(group: int) -> tuple[int, int]:
-    """How many fours and threes of query rows to take at once; the rest come one by one."""
-    threes = -group % 4 if SEVERAL == 4 else group // 3
+    """How many fours and threes of query rows to take at once; the rest come one by one.
+
+    Threes make up what fours leave, so that of 9 none is left; of fours and threes, one or two of
+    1, 2 and 5 are.
+    """
+    if SEVERAL < 4:
+        return 0, group // 3
+    threes = -group % 4
     if 3 * threes > group:
         threes = 0
-    return (group - 3 * threes) // 4 if SEVERAL == 4 else 0, threes
+    return (group - 3 * threes) // 4, threes
 
 
 @inlined
@@ -113,14 +127,14 @@ def _turned_dots(
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
     queries: tuple[Address, ...],
-    turned: tuple[int, ...],
+    turned: tuple[int, int, int, int],
     dim: int,
     scores: Address,
 ) -> None:
-    """`dots`, which loads queries once if all four keys meet the same."""
+    """`dots`, compiled apart for keys that all meet the same: there it loads queries once."""
     first, second, third, fourth = turned
     if first == second and second == third and third == fourth:
-        dots(sample, rows, soon, queries, (first,), dim, scores)
+        dots(sample, rows, soon, queries, (first, first, first, first), dim, scores)
     else:
         dots(sample, rows, soon, queries, turned, dim, scores)
 
@@ -149,7 +163,7 @@ def _narrow_scores(
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
-    far = max(1, AHEAD // (4 * size * (heads[1] - heads[0])))
+    far = _far(size, heads)
     for j in range(begin, begin + quarter):
         here = _rows(key, key_at, j, quarter)
         there = _rows(key, key_at, _ahead(begin, quarter, j, far), quarter)
@@ -163,7 +177,7 @@ def _narrow_scores(
                 _turned_dots(sample, rows, soon, queries, turned, dim, to)
                 q += 4 * dims
                 to += 16 * TILE
-                soon = rows  # once is enough
+                soon = rows  # those to come are asked for; these are at hand, so asking is cheap
             for _ in range(threes):
                 _turned_dots(sample, rows, soon, (q, q + dims, q + 2 * dims), turned, dim, to)
                 q += 3 * dims
@@ -196,7 +210,7 @@ def _narrow_values(
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
-    far = max(1, AHEAD // (4 * size * (heads[1] - heads[0])))
+    far = _far(size, heads)
     line = 4 * TILE
     for j in range(begin, begin + quarter):
         here = _rows(value, value_at, j, quarter)

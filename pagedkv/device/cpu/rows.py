@@ -3,8 +3,8 @@
 Lanes run over the head size. Four rows at a time give the additions something to overlap with and
 let their sums across lanes share shuffles (`put_totals`). Several query rows at a time, where a KV
 head has as many: each stored value is then loaded, and widened if it is stored narrow, once for
-all of them. Three of them make 12 sums, a stored and three query vectors: all 16 registers of
-AVX2. AVX-512 has 32, and takes four.
+all of them. Three of them make 12 sums, a stored and three query vectors in `dots`, all 16
+registers of AVX2. AVX-512 has 32, and takes four.
 """
 
 from .layout import TILE
@@ -28,18 +28,18 @@ def dots(
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
     queries: tuple[Address, ...],
-    turned: tuple[int, ...],
+    turned: tuple[int, int, int, int],
     dim: int,
     scores: Address,
 ) -> None:
     """Write query . key for the four keys at `rows` and each query row, a line of a tile apart.
 
     `soon`: Rows that are asked for on the way: spread out, requests do not queue.
-    `turned`: How far behind `queries` lie those that each key meets; one number if it is the same.
+    `turned`: How far behind `queries` lie those that each key meets.
     """
     step, skip = width(sample), lead(sample)
     k, m, n, o = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
-    p, q, r, s = turned[0], turned[-3 % len(turned)], turned[-2 % len(turned)], turned[-1]
+    p, q, r, s = turned
     whole = dim // LANES * LANES
     a = zeros(queries)
     b, c, d = a, a, a
@@ -69,7 +69,11 @@ def add_rows(
     accs: tuple[Address, ...],
     dim: int,
 ) -> None:
-    """Each acc += its weights . the four value rows; the rest as for `dots`."""
+    """Each acc += its weights . the four value rows.
+
+    `weights`: Of each query row, where the four lie side by side.
+    `soon`: As for `dots`.
+    """
     step, skip = width(sample), lead(sample)
     k, m, n, o = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     scales = _scales(sample, rows)

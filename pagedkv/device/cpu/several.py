@@ -1,6 +1,7 @@
 """One operation done for several query rows: vectors in tuples, which LLVM keeps in registers.
 
 How many rows there are is how many addresses a tuple has: a kernel compiles to one form for each.
+Sums across lanes are taken for four vectors, or four lanes of one, at a time.
 """
 
 from collections.abc import Callable
