@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.core.arrays import Bool, Float32, Int32, Int64, at_rows
+from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
 from pagedkv.core.plan import Adjustments, Penalties, SamplingBatch
-from pagedkv.core.sampling import wishes
+from pagedkv.core.sampling import Wishes
 from pagedkv.core.table import SequenceTable
 
 __all__ = ["Batch"]
@@ -213,11 +213,9 @@ class Draws:
         return np.flatnonzero(self.table.sampling.penalised[self.rows]).astype(np.int32)
 
     @cached_property
-    def wishes(self) -> tuple[Int32, Int32, Int32, Int32, Float32]:
-        """What they ask of certain tokens at every step: the fields of `Adjustments`."""
-        chosen = np.flatnonzero(self.table.sampling.particular[self.rows]).tolist()
-        seqs = ((i, self.table.sequences[self.rows[i]]) for i in chosen)
-        return wishes([(i, seq.request.sampling) for i, seq in seqs if seq is not None])
+    def wishes(self) -> Wishes:
+        """What they ask of certain tokens at every step."""
+        return self.table.sampling.wishes_of(self.rows)
 
     @cached_property
     def min_tokens(self) -> Int32 | None:

@@ -7,11 +7,13 @@ import numpy.typing as npt
 
 from pagedkv.config import LARGEST_INT32
 from pagedkv.core.arrays import Bool, Float32, Int32
-from pagedkv.core.params import SamplingParams
 from pagedkv.core.request import Sequence
 
-__all__ = ["SamplingColumns", "wishes"]
+__all__ = ["SamplingColumns", "Wishes"]
 
+# The fields of `Adjustments`, in their order.
+Wishes = tuple[Int32, Int32, Int32, Int32, Float32]
+NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
 NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -39,6 +41,8 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
         )
         self.penalised: Bool = np.zeros(rows, np.bool_)
         self.particular: Bool = np.zeros(rows, np.bool_)
+        # Of particular rows: the tokens allowed, the tokens biased, and their biases.
+        self._wishes: dict[int, tuple[Int32, Int32, Float32]] = {}
         self.min_tokens: Int32 = np.zeros(rows, np.int32)
         self.stop_ids: Int32 = np.full((rows, 1), -1, np.int32)
 
@@ -51,6 +55,13 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
         self["seed"][row] = seq.seed
         self.penalised[row] = any(getattr(params, name) != at for name, at in NO_PENALTY.items())
         self.particular[row] = bool(params.logit_bias or params.allowed_token_ids)
+        if self.particular[row]:
+            bias = params.logit_bias or {}
+            self._wishes[row] = (
+                np.array(params.allowed_token_ids or (), np.int32),
+                np.array(list(bias), np.int32),
+                np.array(list(bias.values()), np.float32),
+            )
         self.min_tokens[row] = min(params.min_tokens, LARGEST_INT32)
         reported = 0 if params.ranks and params.logprobs is None else params.logprobs
         reported = params.num_candidates(len(stop_ids)) or reported
@@ -61,19 +72,16 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
 
-
-def wishes(asked: list[tuple[int, SamplingParams]]) -> tuple[Int32, Int32, Int32, Int32, Float32]:
-    """Return what samples, each given by its index, ask of certain tokens at every step.
-
-    Returns:
-        The fields of `Adjustments`, in their order.
-    """
-    kept = [(i, token) for i, params in asked for token in params.allowed_token_ids or ()]
-    biased = [(i, *pair) for i, params in asked for pair in (params.logit_bias or {}).items()]
-    kept_sample, kept_token = np.array(kept, np.int32).reshape(-1, 2).T
-    sample, token, bias = np.array(biased, np.float64).reshape(-1, 3).T
-    return kept_sample, kept_token, _int32(sample), _int32(token), bias.astype(np.float32)
-
-
-def _int32(numbers: npt.NDArray[Any]) -> Int32:
-    return numbers.astype(np.int32)
+    def wishes_of(self, rows: Int32) -> Wishes:
+        """Return what those in some rows ask of certain tokens at every step."""
+        some = np.flatnonzero(self.particular[rows])
+        asked = [self._wishes[row] for row in rows[some].tolist()]
+        kept, token, bias = zip(NOTHING, *asked, strict=True)
+        sample = np.concatenate([[0], some]).astype(np.int32)
+        return (
+            np.repeat(sample, [len(each) for each in kept]),
+            np.concatenate(kept),
+            np.repeat(sample, [len(each) for each in token]),
+            np.concatenate(token),
+            np.concatenate(bias),
+        )
