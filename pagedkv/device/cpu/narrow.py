@@ -46,7 +46,7 @@ from .layout import (
     visible,
 )
 from .rotation import turn_queries
-from .rows import SEVERAL, add_rows, dots
+from .rows import add_rows, dots, moved, rows_at, split
 from .simd import (
     LANES,
     Address,
@@ -55,7 +55,6 @@ from .simd import (
     add,
     get,
     highest,
-    inlined,
     kernel,
     lane0,
     lead,
@@ -92,54 +91,6 @@ def _ahead(begin: int, quarter: int, j: int, far: int) -> int:
 
 
 @kernel
-def _rows(
-    base: Address, places: Address, j: int, quarter: int
-) -> tuple[Address, Address, Address, Address]:
-    """Where the j-th key or value of each quarter lies."""
-    first, second = get(places, j), get(places, j + quarter)
-    third, fourth = get(places, j + 2 * quarter), get(places, j + 3 * quarter)
-    return base + first, base + second, base + third, base + fourth
-
-
-@kernel
-def _moved(rows: tuple[Address, ...], by: int) -> tuple[Address, ...]:
-    return rows[0] + by, rows[1] + by, rows[2] + by, rows[3] + by
-
-
-@kernel
-def _split(group: int) -> tuple[int, int]:
-    """How many fours and threes of query rows to take at once; the rest come one by one.
-
-    Threes make up what fours leave, so that of 9 none is left; of fours and threes, one or two of
-    1, 2 and 5 are.
-    """
-    if SEVERAL < 4:
-        return 0, group // 3
-    threes = -group % 4
-    if 3 * threes > group:
-        threes = 0
-    return (group - 3 * threes) // 4, threes
-
-
-@inlined
-def _turned_dots(
-    sample: Sample,
-    rows: tuple[Address, ...],
-    soon: tuple[Address, ...],
-    queries: tuple[Address, ...],
-    turned: tuple[int, int, int, int],
-    dim: int,
-    scores: Address,
-) -> None:
-    """`dots`, compiled apart for keys that all meet the same: there it loads queries once."""
-    first, second, third, fourth = turned
-    if first == second and second == third and third == fourth:
-        dots(sample, rows, soon, queries, (first, first, first, first), dim, scores)
-    else:
-        dots(sample, rows, soon, queries, turned, dim, scores)
-
-
-@kernel
 def _narrow_scores(
     sample: Sample,
     params: Address,
@@ -158,33 +109,33 @@ def _narrow_scores(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
-    fours, threes = _split(group)
+    fours, threes = split(group)
     key = get(params, KEY)
     offsets = get(params, KEY_OFFSET)
     size = lead(sample) + dim * width(sample)
     begin, quarter = quarters(low, high)
     far = _far(size, heads)
     for j in range(begin, begin + quarter):
-        here = _rows(key, key_at, j, quarter)
-        there = _rows(key, key_at, _ahead(begin, quarter, j, far), quarter)
-        turned = _rows(0, query_at, j, quarter) if query_at != 0 else (0, 0, 0, 0)
+        here = rows_at(key, key_at, j, quarter)
+        there = rows_at(key, key_at, _ahead(begin, quarter, j, far), quarter)
+        turned = rows_at(0, query_at, j, quarter) if query_at != 0 else (0, 0, 0, 0)
         q = query
         to = scores + 16 * (j - begin)
         for head in range(heads[0], heads[1]):
-            rows, soon = _moved(here, get(offsets, head)), _moved(there, get(offsets, head))
+            rows, soon = moved(here, get(offsets, head)), moved(there, get(offsets, head))
             for _ in range(fours):
                 queries = (q, q + dims, q + 2 * dims, q + 3 * dims)
-                _turned_dots(sample, rows, soon, queries, turned, dim, to)
+                dots(sample, rows, soon, queries, turned, dim, to)
                 q += 4 * dims
                 to += 16 * TILE
                 soon = rows  # those to come are asked for; these are at hand, so asking is cheap
             for _ in range(threes):
-                _turned_dots(sample, rows, soon, (q, q + dims, q + 2 * dims), turned, dim, to)
+                dots(sample, rows, soon, (q, q + dims, q + 2 * dims), turned, dim, to)
                 q += 3 * dims
                 to += 12 * TILE
                 soon = rows
             for _ in range(group - 4 * fours - 3 * threes):
-                _turned_dots(sample, rows, soon, (q,), turned, dim, to)
+                dots(sample, rows, soon, (q,), turned, dim, to)
                 q += dims
                 to += 4 * TILE
                 soon = rows
@@ -205,7 +156,7 @@ def _narrow_values(
     dim = get(params, HEAD_DIM)
     dims = 4 * pad(dim, LANES)
     group = get(params, GROUP)
-    fours, threes = _split(group)
+    fours, threes = split(group)
     value = get(params, VALUE)
     offsets = get(params, VALUE_OFFSET)
     size = lead(sample) + dim * width(sample)
@@ -213,12 +164,12 @@ def _narrow_values(
     far = _far(size, heads)
     line = 4 * TILE
     for j in range(begin, begin + quarter):
-        here = _rows(value, value_at, j, quarter)
-        there = _rows(value, value_at, _ahead(begin, quarter, j, far), quarter)
+        here = rows_at(value, value_at, j, quarter)
+        there = rows_at(value, value_at, _ahead(begin, quarter, j, far), quarter)
         at = weights + 16 * (j - begin)
         to = acc
         for head in range(heads[0], heads[1]):
-            rows, soon = _moved(here, get(offsets, head)), _moved(there, get(offsets, head))
+            rows, soon = moved(here, get(offsets, head)), moved(there, get(offsets, head))
             for _ in range(fours):
                 four = (at, at + line, at + 2 * line, at + 3 * line)
                 accs = (to, to + dims, to + 2 * dims, to + 3 * dims)

@@ -9,11 +9,55 @@ registers of AVX2. AVX-512 has 32, and takes four.
 
 from .layout import TILE
 from .several import asks, fmas, loads, put_totals, splats, stores, zeros
-from .simd import LANES, Address, Number, Sample, inlined, lead, load, load_n, row_scale, width
+from .simd import (
+    LANES,
+    Address,
+    Number,
+    Sample,
+    get,
+    inlined,
+    kernel,
+    lead,
+    load,
+    load_n,
+    row_scale,
+    width,
+)
 
-__all__ = ["SEVERAL", "add_rows", "dots"]
+__all__ = ["add_rows", "dots", "moved", "rows_at", "split"]
 
 SEVERAL = 4 if LANES == 16 else 3  # query rows at once, at most
+
+
+@kernel
+def rows_at(
+    base: Address, places: Address, j: int, quarter: int
+) -> tuple[Address, Address, Address, Address]:
+    """Where the j-th key or value of each quarter lies."""
+    first, second = get(places, j), get(places, j + quarter)
+    third, fourth = get(places, j + 2 * quarter), get(places, j + 3 * quarter)
+    return base + first, base + second, base + third, base + fourth
+
+
+@kernel
+def moved(rows: tuple[Address, ...], by: int) -> tuple[Address, ...]:
+    """Four addresses, so many bytes on."""
+    return rows[0] + by, rows[1] + by, rows[2] + by, rows[3] + by
+
+
+@kernel
+def split(group: int) -> tuple[int, int]:
+    """How many fours and threes of query rows to take at once; the rest come one by one.
+
+    Threes make up what fours leave: 7 are 4 + 3, 9 are 3 + 3 + 3. With both, only of 1, 2 and 5 is
+    any left.
+    """
+    if SEVERAL < 4:
+        return 0, group // 3
+    threes = -group % 4
+    if 3 * threes > group:
+        threes = 0
+    return (group - 3 * threes) // 4, threes
 
 
 @inlined
@@ -23,7 +67,7 @@ def _scales(sample: Sample, rows: tuple[Address, ...]) -> tuple[Number, ...]:
 
 
 @inlined
-def dots(
+def _dots(
     sample: Sample,
     rows: tuple[Address, ...],
     soon: tuple[Address, ...],
@@ -32,11 +76,7 @@ def dots(
     dim: int,
     scores: Address,
 ) -> None:
-    """Write query . key for the four keys at `rows` and each query row, a line of a tile apart.
-
-    `soon`: Rows that are asked for on the way: spread out, requests do not queue.
-    `turned`: How far behind `queries` lie those that each key meets.
-    """
+    """What `dots` does."""
     step, skip = width(sample), lead(sample)
     k, m, n, o = rows[0] + skip, rows[1] + skip, rows[2] + skip, rows[3] + skip
     p, q, r, s = turned
@@ -58,6 +98,30 @@ def dots(
         c = fmas(load_n(sample, n + at, left), loads(queries, r + 4 * whole), c)
         d = fmas(load_n(sample, o + at, left), loads(queries, s + 4 * whole), d)
     put_totals(scores, 4 * TILE, a, b, c, d, _scales(sample, rows))
+
+
+@inlined
+def dots(
+    sample: Sample,
+    rows: tuple[Address, ...],
+    soon: tuple[Address, ...],
+    queries: tuple[Address, ...],
+    turned: tuple[int, int, int, int],
+    dim: int,
+    scores: Address,
+) -> None:
+    """Write query . key for the four keys at `rows` and each query row, a line of a tile apart.
+
+    Compiled apart for keys that all meet the same: there a query is loaded once.
+
+    `soon`: Rows that are asked for on the way: spread out, requests do not queue.
+    `turned`: How far behind `queries` lie those that each key meets.
+    """
+    first, second, third, fourth = turned
+    if first == second and second == third and third == fourth:
+        _dots(sample, rows, soon, queries, (first, first, first, first), dim, scores)
+    else:
+        _dots(sample, rows, soon, queries, turned, dim, scores)
 
 
 @inlined
