@@ -56,7 +56,8 @@ def test_what_is_scored_is_two_tokens_or_more(llm: LLM, tokens: Any) -> None:
 def test_a_stop_token_is_one_of_the_vocabulary(llm: LLM) -> None:
     size = llm.model.geometry.vocab_size
     params = SamplingParams(max_tokens=2, stop_token_ids=(5, size))
-    refused(lambda: llm.generate("a", params), f"token {size} is outside", "stop_token_ids", f"0 to {size - 1}")
+    told = f"token {size} is outside", "stop_token_ids", f"0 to {size - 1}"
+    refused(lambda: llm.generate("a", params), *told)
     llm.generate("a", SamplingParams(max_tokens=2, stop_token_ids=(size - 1,)))
 
 
