@@ -69,7 +69,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def _by_number(text: str) -> dict[int, float]:
+def _biases(text: str) -> dict[int, float]:
     try:
         return msgspec.json.decode(text, type=dict[int, float])
     except msgspec.DecodeError:
@@ -156,7 +156,7 @@ def _parser_of(kind: Any, name: str) -> Callable[[str], Any]:
     if isinstance(kind, msgspec.inspect.IntType):
         return _whole
     if isinstance(kind, msgspec.inspect.DictType):
-        return _by_number
+        return _biases
     return _number if isinstance(kind, msgspec.inspect.FloatType) else str
 
 

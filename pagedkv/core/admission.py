@@ -146,7 +146,15 @@ class Admission:
 
     def _check_vocabulary(self, request: Request) -> None:
         model, sampling = self._config.model, request.sampling
-        named = sampling.num_candidates(len(sampling.ends_at(model.eos_token_ids)))
+        for field in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            largest = max(getattr(sampling, field) or (), default=0)
+            if largest >= model.vocab_size:
+                raise InvalidRequest(
+                    f"token {largest} is outside the vocabulary",
+                    where=f"request {request.request_id!r} {field}",
+                    remedy=f"give ids from 0 to {model.vocab_size - 1}",
+                )
+        named = sampling.num_candidates(len(sampling.ends_at(model)))
         if named is not None and named > model.vocab_size:
             raise InvalidRequest(
                 f"beam_width is {sampling.beam_width}, for which each beam names {named} tokens, "

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pagedkv.core.arrays import Bool, Int32, Int64, at_rows
 from pagedkv.core.plan import Adjustments, Penalties, SamplingBatch
-from pagedkv.core.sampling import Wishes
+from pagedkv.core.sampling import AdjustmentFields
 from pagedkv.core.table import SequenceTable
 
 __all__ = ["Batch"]
@@ -213,9 +213,9 @@ class Draws:
         return np.flatnonzero(self.table.sampling.penalised[self.rows]).astype(np.int32)
 
     @cached_property
-    def wishes(self) -> Wishes:
+    def adjustments(self) -> AdjustmentFields:
         """What they ask of certain tokens at every step."""
-        return self.table.sampling.wishes_of(self.rows)
+        return self.table.sampling.adjustments_of(self.rows)
 
     @cached_property
     def min_tokens(self) -> Int32 | None:
@@ -257,7 +257,7 @@ class Draws:
         if self.stop_ids is None:
             return np.zeros(len(full), np.bool_), full
         stops: Bool = (self.stop_ids == token_ids[:, None]).any(axis=1)
-        if self.min_tokens is not None:
+        if self.min_tokens is not None:  # an executor may draw what was barred
             stops &= known - self.num_prompt > self.min_tokens
         return stops, full
 
@@ -274,14 +274,14 @@ class Draws:
 
     def _adjustments(self, position: Int32) -> Adjustments | None:
         """What they ask of certain tokens; and whoever may not stop yet draws none that stops."""
-        kept_sample, kept_token, sample, token, bias = self.wishes
+        kept_sample, kept_token, sample, token, bias = self.adjustments
         if self.min_tokens is not None and self.stop_ids is not None:
             early = (position < self.min_tokens)[:, None] & (self.stop_ids >= 0)
             barred, which = early.nonzero()
             sample = np.concatenate([sample, barred.astype(np.int32)])
             token = np.concatenate([token, self.stop_ids[barred, which]])
             bias = np.concatenate([bias, np.full(len(barred), -np.inf, np.float32)])
-        if not len(kept_sample) + len(sample):
+        if len(kept_sample) == len(sample) == 0:
             return None
         return Adjustments(
             kept_sample=kept_sample, kept_token=kept_token, sample=sample, token=token, bias=bias

@@ -195,7 +195,7 @@ class Intake:
 
     def _enter(self, seq: Sequence, hits: Int32, most: int) -> int:
         """Admit a sequence and return how many of its tokens it computes in this step."""
-        stop_ids = seq.request.sampling.ends_at(self._config.model.eos_token_ids)
+        stop_ids = seq.request.sampling.ends_at(self._config.model)
         self._roster.admit(seq, hits, stop_ids)
         table, row = self._table, seq.row
         end = seq.fork_at if seq.siblings else int(table.num_known[row])

@@ -1,5 +1,6 @@
 """How tokens are drawn, and when drawing stops."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -7,7 +8,15 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pagedkv.config import LARGEST_INT32, LARGEST_INT64, Checked, Natural, Positive, TokenId
+from pagedkv.config import (
+    LARGEST_INT32,
+    LARGEST_INT64,
+    Checked,
+    ModelConfig,
+    Natural,
+    Positive,
+    TokenId,
+)
 from pagedkv.errors import InvalidRequest, PagedKVError, is_text, shown
 
 __all__ = ["SamplingParams"]
@@ -35,19 +44,33 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 def _as_tuple(value: Any) -> Any:
     """Return a list or array as a tuple, None as an empty one; anything else as it is."""
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, list | tuple | range) or (isinstance(value, np.ndarray) and value.ndim):
         return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
     return () if value is None else value
 
 
-def _by_number(bias: Any) -> Any:
-    """Return a mapping by token id as plain numbers; JSON has its keys as text."""
-    if not isinstance(bias, Mapping):
-        return bias
-    plain = [[x.item() if isinstance(x, np.generic) else x for x in pair] for pair in bias.items()]
-    return {
-        int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in plain
+def _as_biases(given: Any) -> Any:
+    """Return a mapping with plain numbers, also for keys that are text, as JSON has them."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(
+            f"logit_bias is {shown(given)}",
+            where="sampling.logit_bias",
+            remedy="give numbers by token id, as {11: -5.0}",
+        )
+    plain = [[x.item() if isinstance(x, np.generic) else x for x in pair] for pair in given.items()]
+    biases = {
+        int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,10}", key) else key: value
+        for key, value in plain
     }
+    if len(biases) < len(plain):
+        raise InvalidRequest(
+            "logit_bias names a token twice, by number and by text",
+            where="sampling.logit_bias",
+            remedy="give one bias for each token",
+        )
+    return biases
 
 
 class SamplingParams(Checked, frozen=True, kw_only=True):
@@ -64,7 +87,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         seed: Fixes the draws of this request, whatever else is in the batch.
         max_tokens: The most tokens to generate; None goes on to the model's length.
         min_tokens: Before so many tokens, none that would end the sequence is drawn, and no stop
-            string ends the text.
+            string ends the text. The model's own end may be drawn if it is ignored anyway.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Token ids that end the sequence, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence tokens.
@@ -119,7 +142,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         if self.allowed_token_ids is not None:
             allowed = _as_tuple(self.allowed_token_ids)
             msgspec.structs.force_setattr(self, "allowed_token_ids", allowed)
-        msgspec.structs.force_setattr(self, "logit_bias", _by_number(self.logit_bias))
+        msgspec.structs.force_setattr(self, "logit_bias", _as_biases(self.logit_bias))
         if isinstance(self.early_stopping, str) and self.early_stopping != "never":
             raise InvalidRequest(
                 f"early_stopping is {shown(self.early_stopping)}",
@@ -176,9 +199,10 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
                     remedy="leave it out: a beam search goes by the model's own log-probabilities",
                 )
 
-    def ends_at(self, eos_token_ids: tuple[int, ...]) -> list[int]:
-        """Return the tokens that end a sequence, in ascending order."""
-        return sorted({*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)})
+    def ends_at(self, model: ModelConfig) -> list[int]:
+        """Return the tokens of the vocabulary that end a sequence, in ascending order."""
+        ends = {*self.stop_token_ids, *(() if self.ignore_eos else model.eos_token_ids)}
+        return sorted(token for token in ends if token < model.vocab_size)
 
     def named_stop(self, token: int | None, eos_token_ids: tuple[int, ...]) -> int | None:
         """Return a stop token that ended a sequence, unless it is the model's own, unasked for."""

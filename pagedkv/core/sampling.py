@@ -9,12 +9,12 @@ from pagedkv.config import LARGEST_INT32
 from pagedkv.core.arrays import Bool, Float32, Int32
 from pagedkv.core.request import Sequence
 
-__all__ = ["SamplingColumns", "Wishes"]
+__all__ = ["AdjustmentFields", "SamplingColumns"]
 
 # The fields of `Adjustments`, in their order.
-Wishes = tuple[Int32, Int32, Int32, Int32, Float32]
-NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+AdjustmentFields = tuple[Int32, Int32, Int32, Int32, Float32]
+_NONE = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+_NO_PENALTY = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 class SamplingColumns(dict[str, npt.NDArray[Any]]):
@@ -22,7 +22,7 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
 
     Attributes:
         penalised: [rows] Whether any penalty is set.
-        particular: [rows] Whether some tokens are biased, or only some allowed.
+        adjusted: [rows] Whether some tokens are biased, or only some allowed.
         min_tokens: [rows] How many are drawn before any of ``stop_ids`` may be.
         stop_ids: [rows, width] Token ids that end the sequence; -1 fills.
     """
@@ -40,9 +40,9 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
             frequency_penalty=np.zeros(rows, np.float32),
         )
         self.penalised: Bool = np.zeros(rows, np.bool_)
-        self.particular: Bool = np.zeros(rows, np.bool_)
-        # Of particular rows: the tokens allowed, the tokens biased, and their biases.
-        self._wishes: dict[int, tuple[Int32, Int32, Float32]] = {}
+        self.adjusted: Bool = np.zeros(rows, np.bool_)
+        # Of those rows: the tokens allowed, the tokens biased, and their biases.
+        self._asked: dict[int, tuple[Int32, Int32, Float32]] = {}
         self.min_tokens: Int32 = np.zeros(rows, np.int32)
         self.stop_ids: Int32 = np.full((rows, 1), -1, np.int32)
 
@@ -53,11 +53,12 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
             if name not in ("seed", "num_logprobs"):
                 column[row] = getattr(params, name)
         self["seed"][row] = seq.seed
-        self.penalised[row] = any(getattr(params, name) != at for name, at in NO_PENALTY.items())
-        self.particular[row] = bool(params.logit_bias or params.allowed_token_ids)
-        if self.particular[row]:
+        self.penalised[row] = any(getattr(params, name) != at for name, at in _NO_PENALTY.items())
+        self.adjusted[row] = bool(params.logit_bias or params.allowed_token_ids)
+        self._asked.pop(row, None)
+        if self.adjusted[row]:
             bias = params.logit_bias or {}
-            self._wishes[row] = (
+            self._asked[row] = (
                 np.array(params.allowed_token_ids or (), np.int32),
                 np.array(list(bias), np.int32),
                 np.array(list(bias.values()), np.float32),
@@ -72,11 +73,12 @@ class SamplingColumns(dict[str, npt.NDArray[Any]]):
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
 
-    def wishes_of(self, rows: Int32) -> Wishes:
+    def adjustments_of(self, rows: Int32) -> AdjustmentFields:
         """Return what those in some rows ask of certain tokens at every step."""
-        some = np.flatnonzero(self.particular[rows])
-        asked = [self._wishes[row] for row in rows[some].tolist()]
-        kept, token, bias = zip(NOTHING, *asked, strict=True)
+        some = np.flatnonzero(self.adjusted[rows])
+        # In front of them one that asks for nothing, so that there is something to join.
+        asked = [self._asked[row] for row in rows[some].tolist()]
+        kept, token, bias = zip(_NONE, *asked, strict=True)
         sample = np.concatenate([[0], some]).astype(np.int32)
         return (
             np.repeat(sample, [len(each) for each in kept]),

@@ -280,7 +280,8 @@ class Scheduler:
         failed = (drawn < 0) | (drawn >= vocab_size)
         if self._beams:
             failed |= self._beams.faulty(plan, result, vocab_size)
-        self._roster.end_failed(plan.sample_rows, failed, "the model's logits were not finite")
+        why = "nothing could be drawn: logits were not finite, or no token was allowed"
+        self._roster.end_failed(plan.sample_rows, failed, why)
         self._roster.end_failed(plan.rows, alive & ~sound, "what it attended to was not finite")
         self._roster.end_faulty()
         sample = self.table.runs[plan.sample_rows].nonzero()[0]

@@ -278,7 +278,7 @@ class _Taking:
             run = self._runs[w]
             if run.entered >= 0:
                 sampling = run.seq.request.sampling
-                stop_ids = sampling.ends_at(scheduler.config.model.eos_token_ids)
+                stop_ids = sampling.ends_at(scheduler.config.model)
                 table.bind(run.seq, run.row, stop_ids)
                 scheduler.retention.bind(run.seq)
                 table.start(run.row)

@@ -17,7 +17,7 @@ __all__ = [
     "as_prompts",
     "as_turns",
     "check_scorable",
-    "check_tokens",
+    "check_stops",
     "encode",
     "per_prompt",
     "unpacked",
@@ -132,21 +132,12 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def check_tokens(params: SamplingParams, vocab_size: int, where: str, *, has_text: bool) -> None:
-    """Refuse tokens that the model does not have, and stops that could never be met.
+def check_stops(params: SamplingParams, where: str, *, has_text: bool) -> None:
+    """Refuse stop strings that could never be met.
 
     Raises:
-        InvalidRequest: A token that is named is beyond the vocabulary, or there are stop strings
-            and the model has no tokenizer.
+        InvalidRequest: There are stop strings and the model has no tokenizer.
     """
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-        beyond = [token for token in getattr(params, name) or () if token >= vocab_size]
-        if beyond:
-            raise InvalidRequest(
-                f"token {beyond[0]} is outside the vocabulary",
-                where=f"{where} {name}",
-                remedy=f"give ids from 0 to {vocab_size - 1}",
-            )
     if params.stop and not has_text:
         raise InvalidRequest(
             "stop strings need a tokenizer and the model has none",

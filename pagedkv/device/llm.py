@@ -23,7 +23,7 @@ from pagedkv.device.inputs import (
     as_prompts,
     as_turns,
     check_scorable,
-    check_tokens,
+    check_stops,
     encode,
     per_prompt,
     unpacked,
@@ -317,8 +317,7 @@ class LLM:
         content, salt = unpacked(prompt, where)
         text = content if isinstance(content, str) else None
         token_ids = encode(tokenizer, content, where) if isinstance(content, str) else content
-        vocab_size = self.model.geometry.vocab_size
-        check_tokens(sampling, vocab_size, where, has_text=tokenizer is not None)
+        check_stops(sampling, where, has_text=tokenizer is not None)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,

@@ -9,17 +9,16 @@ from torch import Tensor
 from pagedkv.core.plan import Adjustments, Penalties, SamplingBatch
 from pagedkv.device.send import sender
 
-__all__ = ["adjusted", "penalised"]
+__all__ = ["adjust", "penalise"]
 
 
-def adjusted(logits: Tensor, wanted: Adjustments) -> Tensor:
-    """Return a copy of the logits in which what is not allowed is -inf, and biases are added.
+def adjust(x: Tensor, wanted: Adjustments) -> None:
+    """Make what is not allowed -inf, and add biases.
 
     Args:
-        logits: [S, V]
+        x: [S, V] Logits, changed in place.
         wanted: Of the rows, with tokens from 0 to V - 1.
     """
-    x = logits.clone()
     there = sender(x.device)
     if len(wanted.kept_sample):
         rows, place = np.unique(wanted.kept_sample, return_inverse=True)
@@ -28,19 +27,18 @@ def adjusted(logits: Tensor, wanted: Adjustments) -> Tensor:
         kept[there(place), token] = x[row, token]
         x[there(rows.astype(np.int64))] = kept
     row, token = (there(a.astype(np.int64)) for a in (wanted.sample, wanted.token))
-    # A token may be both biased and forbidden: it is named twice.
-    return x.index_put_((row, token), there(wanted.bias), accumulate=True)
+    # They are added up: a token that is both biased and forbidden is named twice.
+    x.index_put_((row, token), there(wanted.bias), accumulate=True)
 
 
-def penalised(logits: Tensor, batch: SamplingBatch, seen: Penalties) -> Tensor:
-    """Return a copy of the logits with the three penalties applied, in vLLM's order.
+def penalise(x: Tensor, batch: SamplingBatch, seen: Penalties) -> None:
+    """Apply the three penalties, in vLLM's order.
 
     Args:
-        logits: [S, V]
+        x: [S, V] Logits, changed in place.
         batch: The rows' parameters.
         seen: The tokens, from 0 to V - 1, that rows with a penalty hold.
     """
-    x = logits.clone()
     there = sender(x.device)
     row, token = (there(a.astype(np.int64)) for a in (seen.sample, seen.token))
     value = x[row, token]
@@ -56,4 +54,3 @@ def penalised(logits: Tensor, batch: SamplingBatch, seen: Penalties) -> Tensor:
     frequency = batch.frequency_penalty[sample_of] * count.astype(np.float32)
     value = x[row, token] - there(frequency)
     x[row, token] = value - there(batch.presence_penalty[sample_of])
-    return x

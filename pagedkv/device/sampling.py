@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagedkv.core.arrays import Float32, Int32
 from pagedkv.core.plan import SamplingBatch, StepResult
-from pagedkv.device.logits import adjusted, penalised
+from pagedkv.device.logits import adjust, penalise
 from pagedkv.device.staging import fetch
 from pagedkv.errors import InvalidRequest
 
@@ -45,11 +45,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
 
     The order is that of vLLM's V1 sampler: what is allowed, biased or forbidden; repetition,
     frequency and presence penalties; argmax where the temperature is below 1e-5; else temperature,
-    min_p, top_k, top_p and a draw. Of equal
-    logits the lowest id is the likelier, so top_k keeps exactly k (vLLM keeps all that tie with
-    the k-th). At least one token is always kept. Log-probabilities are natural, and those of the
-    model's own logits, before biases, penalties, temperature and filters (vLLM's default,
-    ``logprobs_mode="raw_logprobs"``).
+    min_p, top_k, top_p and a draw. Of equal logits the lowest id is the likelier, so top_k keeps
+    exactly k (vLLM keeps all that tie with the k-th). At least one token is always kept.
+    Log-probabilities are natural, and those of the model's own logits, before biases, penalties,
+    temperature and filters (vLLM's default, ``logprobs_mode="raw_logprobs"``).
 
     A row's answer is a pure function of its own logits, parameters, seed and position: bit for bit
     the same alone, in any batch and at any place in it, on one kind of device.
@@ -59,7 +58,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
         batch: The rows' parameters; its penalties and adjustments hold tokens from 0 to V - 1.
 
     Returns:
-        token_ids [S], -1 where a row holds NaN or +inf, or nothing but -inf, after penalties: such
+        token_ids [S], -1 where a row holds NaN or +inf, or nothing but -inf, when all is done: such
         a row has no distribution to draw from, and the others are unharmed. The log-probability
         arrays only if a row asked; K is at most V. What a row did not ask for, or does not have,
         is NaN, with the id -1.
@@ -74,8 +73,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
     """
     _check(logits, batch)
     raw = logits.detach().float()
-    x = raw if batch.adjustments is None else adjusted(raw, batch.adjustments)
-    x = x if batch.penalties is None else penalised(x, batch, batch.penalties)
+    x = _changed(raw, batch)
     ids, peak = _likeliest(x)
     rows = np.flatnonzero((ids >= 0) & (batch.temperature >= _GREEDY))
     if rows.size:
@@ -114,6 +112,18 @@ def _check(logits: Tensor, batch: SamplingBatch) -> None:
             where="sample",
             remedy="give one row of logits per row of the batch",
         )
+
+
+def _changed(raw: Tensor, batch: SamplingBatch) -> Tensor:
+    """The logits with all that is asked of tokens; themselves if nothing is."""
+    if batch.adjustments is None and batch.penalties is None:
+        return raw
+    x = raw.clone()
+    if batch.adjustments is not None:
+        adjust(x, batch.adjustments)
+    if batch.penalties is not None:
+        penalise(x, batch, batch.penalties)
+    return x
 
 
 def _likeliest(x: Tensor) -> tuple[Int32, Tensor]:

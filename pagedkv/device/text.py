@@ -60,8 +60,8 @@ class TextStream:
         _check_stop(self._stop, self._core)
         self._hidden = frozenset(hidden) | _special_ids(self._core)
         self._held = ""
-        # Tokens that may still not end it, and how much of what is held had come by then.
-        self._deaf, self._unheard = min_tokens, 0
+        # No stop counts up to so many tokens, nor in so much of what is held.
+        self._min_tokens, self._num_pushed, self._unheard = min_tokens, 0, 0
         self._stream = DecodeStream(skip_special_tokens=True)
         # Mirrors what the stream remembers: tokens that became text last, and tokens since then.
         self._shown: list[int] = []
@@ -83,7 +83,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped is not None or self._core is None:
                 break
-            self._deaf -= 1
+            self._num_pushed += 1
             if token_id >= 0 and token_id not in self._hidden:
                 self._release(self._decoded(self._core, int(token_id)))
         return "".join(self._released[before:])
@@ -133,7 +133,7 @@ class TextStream:
             self._released.append(piece)
             return
         self._held += piece
-        if self._deaf >= 0:
+        if self._num_pushed <= self._min_tokens:
             self._unheard = len(self._held)
         found = _first_stop(self._held, self._stop, self._unheard)
         if found is not None:

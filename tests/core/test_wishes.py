@@ -1,7 +1,9 @@
 """What a request asks of certain tokens: allowed, biased, and none that ends it too early."""
 
 import numpy as np
+import pytest
 
+from pagedkv import InvalidRequest
 from tests.core.fakes import Driver, make_config, make_request
 
 NEVER = -np.inf
@@ -76,3 +78,22 @@ def test_nobody_pays_for_wishes_that_nobody_has():
     driver.add(make_request("plain", 5, stop_token_ids=[3]))
     driver.step()
     assert driver.plans[-1].sampling.adjustments is None
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
+def test_tokens_beyond_the_vocabulary_are_refused(name):
+    driver = Driver(make_config(4, 60))
+    value = {61: 1.0} if name == "logit_bias" else (3, 61)
+    with pytest.raises(
+        InvalidRequest, match=r"token 61 is outside the vocabulary; give .* 0 to 60"
+    ):
+        driver.add(make_request("a", 5, **{name: value}))
+    assert not driver.scheduler.has_unfinished()
+
+
+def test_an_end_that_the_vocabulary_does_not_hold_is_not_barred():
+    """There are models whose files name one."""
+    driver = Driver(make_config(4, 60, model={"eos_token_ids": (60, 265)}))
+    driver.add(make_request("a", 5, min_tokens=2))
+    driver.step()
+    assert pairs(driver.plans[-1]) == ([], [(0, 60, NEVER)])
