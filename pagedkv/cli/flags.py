@@ -72,7 +72,7 @@ def _number(text: str) -> float:
 def _biases(text: str) -> dict[int, float]:
     try:
         return msgspec.json.decode(text, type=dict[int, float])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeEncodeError):  # the latter: bytes that are no UTF-8
         raise argparse.ArgumentTypeError(
             f'{text!r} does not give numbers by token id, as {{"11": -5, "42": 2.5}} does'
         ) from None

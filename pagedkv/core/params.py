@@ -43,7 +43,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 def _as_tuple(value: Any) -> Any:
-    """Return a list or array as a tuple, None as an empty one; anything else as it is."""
+    """Return a list, range or array as a tuple, None as an empty one; anything else as it is."""
     if isinstance(value, list | tuple | range) or (isinstance(value, np.ndarray) and value.ndim):
         return tuple(i.item() if isinstance(i, np.generic) else i for i in value)
     return () if value is None else value
@@ -87,7 +87,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
         seed: Fixes the draws of this request, whatever else is in the batch.
         max_tokens: The most tokens to generate; None goes on to the model's length.
         min_tokens: Before so many tokens, none that would end the sequence is drawn, and no stop
-            string ends the text. The model's own end may be drawn if it is ignored anyway.
+            string ends the text. The model's own end may be drawn if it is ignored anyway; vLLM
+            bars it then as well.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Token ids that end the sequence, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence tokens.

@@ -30,11 +30,10 @@ class Adjustments(Struct, frozen=True, kw_only=True, eq=False):
     """What becomes of logits before any penalty, as flat pairs of a sample and a token.
 
     Attributes:
-        kept_sample: [A] Index into the step's samples. Those that are named draw no other tokens
-            than the ones named with them.
-        kept_token: [A]
-        sample: [K] Index into the step's samples.
-        token: [K]
+        kept_sample: [A] Index into the step's samples: those that may draw few tokens only.
+        kept_token: [A] A token that this sample may draw.
+        sample: [K] Index into the step's samples; a pair that stands twice counts twice.
+        token: [K] A token that this sample weighs otherwise.
         bias: [K] Added to the token's logit; minus infinity forbids it.
     """
 
@@ -83,7 +82,7 @@ class SamplingBatch(Struct, frozen=True, kw_only=True, eq=False):
     presence_penalty: Float32
     frequency_penalty: Float32
     penalties: Penalties | None
-    adjustments: Adjustments | None = None
+    adjustments: Adjustments | None
 
 
 class Observation(Struct, frozen=True, kw_only=True, eq=False):

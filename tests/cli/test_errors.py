@@ -23,6 +23,8 @@ MISTAKES = {
     "one argument too many": (["env", "now"], "'now' is one argument too many"),
     "text for a number": (["generate", "--temperature", "hot", "a"], "'hot' is not a number"),
     "text for a count": (["generate", "--n", "two", "a"], "'two' is not a whole number"),
+    "a number for biases": (["generate", "--logit-bias", "5", "a"], "numbers by token id"),
+    "bytes for biases": (["generate", "--logit-bias", "\udcff", "a"], "numbers by token id"),
     "no size": (["config", "show", "--kv-cache-memory-bytes", "8GBit"], "write 8GiB"),
     "not a number": (["generate", "--temperature", "nan", "a"], "temperature is nan"),
     "infinity": (["generate", "--top-p", "inf", "a"], "top_p is inf"),

@@ -35,7 +35,7 @@ _TYPED_POINTERS = llvm.llvm_version_info[0] < 17
 F = TypeVar("F", bound=Callable[..., Any])
 # Compiled code has no Python callers but the worker: leave out the wrappers and the checks.
 kernel: Callable[[F], F] = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
-# For loops so short that a call, with its many addresses, would take as long.
+# For loops so short that a call, with its many addresses, would be no small part of them.
 inlined: Callable[[F], F] = njit(
     no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy", forceinline=True
 )

@@ -73,7 +73,7 @@ def test_who_comes_back_has_drawn_what_it_had():
     assert [len(end.token_ids) for end in ends.values()] == [21] * 4
 
 
-def test_nobody_pays_for_wishes_that_nobody_has():
+def test_nobody_pays_for_adjustments_that_nobody_asks_for():
     driver = Driver(make_config(4, 60))
     driver.add(make_request("plain", 5, stop_token_ids=[3]))
     driver.step()
