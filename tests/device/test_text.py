@@ -191,6 +191,15 @@ def test_no_stop_counts_that_is_complete_too_early(
     assert (stream.text, stream.stopped) == want
 
 
+def test_a_stop_too_early_is_none_later_either() -> None:
+    """It is held, as the beginning of a longer one that never comes."""
+    stream = TextStream(BYTE_LEVEL, ["ab", "xaby"], min_tokens=3)
+    for character in "xabz":
+        stream.push(BYTE_LEVEL.encode(character).ids)
+    stream.finish()
+    assert (stream.text, stream.stopped) == ("xabz", None)
+
+
 def test_a_stop_string_over_many_tokens() -> None:
     ids = BYTE_LEVEL.encode("one stopping xyz stop zyx").ids
     stream = TextStream(BYTE_LEVEL, ["stop z", "zzz"])
